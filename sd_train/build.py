@@ -1,0 +1,340 @@
+"""Configuration -> objects -> `loop.train`; the only file that knows everything."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sd_train.checkpoint import Checkpoint, Extra, FileNames, Intervals, StateParts, find_state, load_state, read_progress
+from sd_train.config.dump import dump_toml
+from sd_train.config.options import RunConfig
+from sd_train.data.batches import BatchSettings, Updates
+from sd_train.data.cache import MemoryCache
+from sd_train.data.config import load_dataset_config
+from sd_train.data.index import ImageIndex, build_index
+from sd_train.data.settings import DatasetConfig
+from sd_train.device import DTYPES, Device, Updater, open_device
+from sd_train.diffusion.schedule import Draws, draw
+from sd_train.errors import ConfigError, ModelError, RunError
+from sd_train.families.checkpoints import read_tensors
+from sd_train.families.sd import StableDiffusion1, load_sd1
+from sd_train.files import write_text
+from sd_train.guard import Guard
+from sd_train.loop import Training, train
+from sd_train.metadata import RunFacts, build_metadata, describe_base, now
+from sd_train.objectives.denoise import Denoise
+from sd_train.optim.optimizers import find_optimizer, make_optimizer
+from sd_train.optim.schedules import make_schedule
+from sd_train.plan import Plan, describe, describe_batches, learning_rates, make_plan
+from sd_train.preview import Preview
+from sd_train.prompts import load_prompts
+from sd_train.randomness import derive
+from sd_train.report import Report
+from sd_train.trainables.lora import Lora, LoraSettings
+from sd_train.types import Progress
+
+DEFAULT_RANK = 4
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter off the console; what matters we say ourselves."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before the model is loaded."""
+
+    config: RunConfig
+    device: Device
+    progress: Progress
+    resume: Path | None
+    names: FileNames
+    updates: Updates
+    plan: Plan
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read the dataset, count, and find every problem that needs no model.
+
+    Raises:
+        UserError: with the way out.
+    """
+    names = FileNames(config.saving.output_dir, config.saving.output_name)
+    find_optimizer(config.optimizer.optimizer_type)
+    learning_rates(config)
+    resume = find_state(config.saving.resume, names) if config.saving.resume else None
+    existing = names.existing()
+    if existing and not resume and not config.saving.overwrite and not config.dataset.debug_dataset:
+        shown = ", ".join(path.name for path in existing[:3])
+        raise ConfigError(
+            f"--output_dir = {names.folder}: holds another run's files of these names ({shown}"
+            f"{', ...' if len(existing) > 3 else ''}); continue it with --resume latest, replace it with --overwrite, "
+            "or choose another --output_name"
+        )
+    datasets = load_dataset_config(config.dataset.dataset_config, _fallbacks(config))
+    indexes = [
+        build_index(
+            dataset,
+            allow_missing_captions=config.dataset.allow_missing_captions,
+            prior_loss_weight=config.training.prior_loss_weight,
+        )
+        for dataset in datasets
+    ]
+    device = open_device(config.training.mixed_precision)
+    progress = _first_progress(config, resume)
+    updates = _make_updates(config, datasets, indexes, progress.seed, device)
+    plan = make_plan(config, datasets, indexes, updates)
+    make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, plan.total_steps)
+    if progress.step >= plan.total_steps:
+        raise ConfigError(
+            f"--resume = {resume}: stands at step {progress.step} and the training ends at {plan.total_steps}; "
+            "raise --max_train_steps or --max_train_epochs to go on"
+        )
+    return Prepared(config, device, progress, resume, names, updates, plan)
+
+
+def _fallbacks(config: RunConfig) -> dict[str, object]:
+    """What the dataset file falls back to: the command line's values under the names of the file."""
+    dataset = config.dataset.model_dump()
+    own = ("dataset_config", "allow_missing_captions", "debug_dataset", "cache_latents", "vae_batch_size")
+    fallbacks = {name: value for name, value in dataset.items() if name not in own}
+    fallbacks["num_repeats"] = fallbacks.pop("dataset_repeats")
+    fallbacks["batch_size"] = config.training.train_batch_size
+    return fallbacks
+
+
+def _first_progress(config: RunConfig, resume: Path | None) -> Progress:
+    wanted = config.training.seed
+    if resume is not None:
+        progress = read_progress(resume)
+        if wanted is not None and wanted != progress.seed:
+            raise ConfigError(
+                f"--seed = {wanted}: the state at {resume} was trained with {progress.seed}; leave --seed away"
+            )
+        return progress
+    seed = random.SystemRandom().randrange(2**32) if wanted is None else wanted
+    session = derive(seed, "session", config.saving.output_name or "") % 2**32
+    return Progress(seed=seed, session_id=session, started_at=now())
+
+
+def _make_updates(
+    config: RunConfig, datasets: Sequence[DatasetConfig], indexes: Sequence[ImageIndex], seed: int, device: Device
+) -> Updates:
+    training = config.training
+    settings = BatchSettings(
+        seed=seed,
+        accumulation=training.gradient_accumulation_steps,
+        workers=min(training.max_data_loader_n_workers, os.cpu_count() or 1),
+        rank=device.rank,
+        world=device.world,
+    )
+    model = StableDiffusion1
+
+    def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
+        shape = (model.channels, height // model.factor, width // model.factor)
+        return draw(seed, step, places, shape, model.timesteps)
+
+    return Updates(indexes, [dataset.batch_size for dataset in datasets], settings, drawn)
+
+
+def run(config: RunConfig) -> int:
+    """Train as `config` says; the process's exit code.
+
+    Raises:
+        UserError: with the way out.
+    """
+    prepared = prepare(config)
+    say = print if prepared.device.is_main else _silent
+    for index in prepared.plan.indexes:
+        for warning in index.warnings:
+            say(f"warning: {warning}")
+    drawn = "" if config.training.seed is not None or prepared.resume else " (drawn; give --seed to choose it)"
+    say(f"seed: {prepared.progress.seed}{drawn}")
+    say(describe(prepared.plan, config))
+    if config.dataset.debug_dataset:
+        say(describe_batches(prepared.updates, prepared.plan))
+        return 0
+    quiet_libraries()
+    try:
+        return _train(prepared, say)
+    except torch.OutOfMemoryError as problem:
+        reason = str(problem).splitlines()[0]
+        raise RunError(
+            f"out of memory on the device: {reason}; use --gradient_checkpointing, --cache_latents, "
+            "a smaller --train_batch_size with --gradient_accumulation_steps, or --mixed_precision bf16"
+        ) from None
+
+
+def _silent(text: str) -> None:
+    """What other ranks say."""
+
+
+def _load_family(prepared: Prepared) -> tuple[StableDiffusion1, str]:
+    """The base model on its device, and the digest of its weights."""
+    config, device = prepared.config, prepared.device
+    family = load_sd1(Path(config.model.pretrained_model_name_or_path))
+    family.configure(config.model.clip_skip, config.model.max_token_length)
+    digest = family.digest()
+    family.to(device.device, device.weight_dtype)
+    return family, digest
+
+
+def _make_lora(prepared: Prepared, family: StableDiffusion1) -> Lora:
+    config = prepared.config
+    network = config.network
+    rank = network.network_dim or DEFAULT_RANK
+    precision = config.saving.save_precision
+    lora = Lora(
+        LoraSettings(
+            rank=rank,
+            alpha=network.network_alpha or float(rank),
+            dropout=network.network_dropout or 0.0,
+            rates=prepared.plan.rates,
+            seed=prepared.progress.seed,
+            precision=None if precision is None else DTYPES[precision],
+        )
+    )
+    lora.install(family)
+    if network.network_weights is not None and prepared.resume is None:
+        try:
+            lora.load(read_tensors(network.network_weights))
+        except ModelError as problem:
+            raise ModelError(f"--network_weights = {network.network_weights}: {problem}") from None
+    if config.training.gradient_checkpointing:
+        # Checkpointing only works in training mode; no module of these networks drops anything of its own.
+        family.unet.enable_gradient_checkpointing()
+        family.unet.train()
+        if lora.trains("text_encoder"):
+            family.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            family.text_encoder.train()
+    return lora
+
+
+def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
+    config, device, progress, plan = prepared.config, prepared.device, prepared.progress, prepared.plan
+    schedule = make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, plan.total_steps)
+    prompts = load_prompts(config.sampling.sample_prompts) if config.sampling.sample_prompts else ()
+    family, digest = _load_family(prepared)
+    lora = _make_lora(prepared, family)
+    groups = lora.groups()
+    optimizer = make_optimizer(
+        config.optimizer.optimizer_type,
+        [{"params": list(group.params.values()), "lr": group.lr} for group in groups],
+        config.optimizer.optimizer_args,
+    )
+    params = [parameter for group in groups for parameter in group.params.values()]
+    updater = Updater(device, optimizer, params, config.optimizer.max_grad_norm)
+    say(f"model: {config.model.pretrained_model_name_or_path}; {_count(lora)}")
+    if config.dataset.cache_latents:
+        prepared.updates.cache = _cached(prepared, family)
+    report = Report(
+        logging_dir=config.logging.logging_dir,
+        log_prefix=config.logging.log_prefix,
+        total_steps=plan.total_steps,
+        start_step=progress.step,
+        is_main=device.is_main,
+    )
+    extras: dict[str, Extra] = {"report": (report.state, report.load)}
+    if updater.scaler is not None:
+        extras["scaler"] = (updater.scaler.state, updater.scaler.load)
+    parts = StateParts(lora, groups, optimizer, extras, dump_toml(config), digest)
+    if prepared.resume is not None:
+        resumed = load_state(prepared.resume, parts)
+        progress = resumed.progress
+        say(f"resumed {resumed.path} at step {progress.step} of {plan.total_steps}")
+    base = describe_base(Path(config.model.pretrained_model_name_or_path))
+    facts = _facts(prepared, family, optimizer)
+    checkpoint = Checkpoint(
+        prepared.names,
+        Intervals(
+            config.saving.save_every_n_steps,
+            config.saving.save_every_n_epochs,
+            config.saving.save_state,
+            config.saving.save_state_on_train_end,
+        ),
+        parts,
+        lambda at: build_metadata(config, facts, base, at),
+        report.message,
+        plan.epochs,
+        device.is_main,
+    )
+    preview = Preview(
+        family=family,
+        prompts=prompts,
+        sampler=config.sampling.sample_sampler,
+        output_dir=config.saving.output_dir,
+        output_name=config.saving.output_name,
+        every_n_steps=config.sampling.sample_every_n_steps,
+        every_n_epochs=config.sampling.sample_every_n_epochs,
+        at_first=config.sampling.sample_at_first,
+        weights=lora,
+        report=report,
+        seed=progress.seed,
+        is_main=device.is_main,
+        start_step=progress.step,
+        autocast=device.autocast,
+    )
+    if device.is_main:
+        write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
+    objective = Denoise(family, lora, device)
+    with report, Guard(report.message) as guard:
+        training = Training(
+            progress, plan.total_steps, prepared.updates, objective, lora, groups, schedule, updater, report,
+            preview if prompts else None, checkpoint, guard,
+        )  # fmt: skip
+        train(training)
+    return 0
+
+
+def _count(lora: Lora) -> str:
+    modules = {role: len(found) for role, found in lora.modules.items()}
+    numbers = sum(parameter.numel() for group in lora.groups() for parameter in group.params.values())
+    return f"LoRA modules: {', '.join(f'{role} {count}' for role, count in modules.items())}; {numbers:,} parameters"
+
+
+def _cached(prepared: Prepared, family: StableDiffusion1) -> MemoryCache:
+    from tqdm import tqdm
+
+    device, cache = prepared.device, MemoryCache()
+
+    def encode(pixels: Tensor) -> dict[str, Tensor]:
+        with device.autocast():
+            return family.encode_images(device.move(pixels))
+
+    with tqdm(desc="caching latents", unit="image", disable=not device.is_main) as bar:
+        cache.fill(prepared.plan.indexes, encode, prepared.config.dataset.vae_batch_size, bar.update)
+    return cache
+
+
+def _facts(prepared: Prepared, family: StableDiffusion1, optimizer: torch.optim.Optimizer) -> RunFacts:
+    config, plan = prepared.config, prepared.plan
+    kind = type(optimizer)
+    given = ",".join(f"{key}={value}" for key, value in config.optimizer.optimizer_args.items())
+    rank = config.network.network_dim or DEFAULT_RANK
+    return RunFacts(
+        datasets=plan.datasets,
+        indexes=plan.indexes,
+        batches_per_epoch=plan.batches_per_epoch,
+        epochs=plan.epochs,
+        total_steps=plan.total_steps,
+        network_dim=rank,
+        network_alpha=config.network.network_alpha or float(rank),
+        optimizer=f"{kind.__module__}.{kind.__name__}" + (f"({given})" if given else ""),
+        base_version=family.base_version,
+        architecture=family.architecture,
+        prediction=family.prediction,
+    )

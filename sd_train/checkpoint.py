@@ -1,0 +1,297 @@
+"""Saves and resume: model files under sd-scripts' names, sealed states that continue bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_train.errors import ConfigError, DataError
+from sd_train.files import sha256, write_folder
+from sd_train.trainables.base import ParamGroup, Trainable
+from sd_train.types import Progress
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """sd-scripts' names for what a run writes into its output folder."""
+
+    folder: Path
+    name: str | None
+    extension: str = ".safetensors"
+
+    def at_step(self, step: int) -> str:
+        """`N-step00000100`, or `at-step00000100` without a name."""
+        return f"{self.name or 'at'}-step{step:08d}"
+
+    def at_epoch(self, epoch: int) -> str:
+        """`N-000002`, or `epoch-000002` without a name."""
+        return f"{self.name or 'epoch'}-{epoch:06d}"
+
+    @property
+    def last(self) -> str:
+        """`N`, or `last` without a name."""
+        return self.name or "last"
+
+    def model(self, stem: str) -> Path:
+        """The model file of a save."""
+        return self.folder / f"{stem}{self.extension}"
+
+    def state(self, stem: str) -> Path:
+        """The state folder of a save."""
+        return self.folder / f"{stem}-state"
+
+    def existing(self) -> list[Path]:
+        """What an earlier run of the same names left in the folder."""
+        if not self.folder.is_dir():
+            return []
+        stems = [re.escape(self.last), re.escape(self.name or "at") + r"-step\d{8}"]
+        stems.append(re.escape(self.name or "epoch") + r"-\d{6}")
+        pattern = re.compile(f"(?:{'|'.join(stems)})(?:{re.escape(self.extension)}|-state)")
+        return sorted(entry for entry in self.folder.iterdir() if pattern.fullmatch(entry.name))
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """When something is saved."""
+
+    every_n_steps: int | None
+    every_n_epochs: int | None
+    state: bool
+    """`--save_state`: a state beside every model file."""
+    state_at_end: bool
+
+    def stems(self, names: FileNames, progress: Progress, end_epoch: int) -> list[str]:
+        """The saves that are due after an update; the last epoch is only saved as the final file."""
+        stems = []
+        if self.every_n_steps and progress.step % self.every_n_steps == 0:
+            stems.append(names.at_step(progress.step))
+        at_epoch_end = progress.index == 0 and progress.step > 0
+        if self.every_n_epochs and at_epoch_end and progress.epoch % self.every_n_epochs == 0:
+            if progress.epoch < end_epoch:
+                stems.append(names.at_epoch(progress.epoch))
+        return stems
+
+
+Extra = tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]]
+"""How to read a JSON state and how to put it back."""
+
+
+@dataclass(frozen=True)
+class StateParts:
+    """Everything that a state holds beside `Progress`."""
+
+    trainable: Trainable
+    groups: list[ParamGroup]
+    optimizer: torch.optim.Optimizer
+    extras: Mapping[str, Extra]
+    """By name: scaler, report."""
+    config_text: str
+    base_model: str
+    """Digest of the frozen base model."""
+
+
+@dataclass(frozen=True)
+class ResumedFrom:
+    """A sealed state that was put back."""
+
+    path: Path
+    progress: Progress
+    config_text: str
+
+
+def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as tensors and JSON, by parameter name instead of number."""
+    names = [name for group in parts.groups for name in group.params]
+    saved = parts.optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {"state": {}, "groups": []}
+    for number, values in saved["state"].items():
+        name = names[number]
+        plain["state"][name] = {}
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"state/{name}/{key}"] = value.clone()
+            else:
+                plain["state"][name][key] = value
+    for place, group in enumerate(saved["param_groups"]):
+        kept: dict[str, Any] = {}
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                tensors[f"group/{place}/{key}"] = value.clone()
+            elif key != "params":
+                kept[key] = value
+        plain["groups"].append(kept)
+    return tensors, plain
+
+
+def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_state` gave."""
+    numbers = {name: number for number, name in enumerate(n for group in parts.groups for n in group.params)}
+    state: dict[int, dict[str, Any]] = {numbers[name]: dict(values) for name, values in plain["state"].items()}
+    current = parts.optimizer.state_dict()
+    groups = []
+    for place, group in enumerate(current["param_groups"]):
+        saved = plain["groups"][place]
+        # JSON knows no tuples; betas must come back as they were.
+        restored = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
+        groups.append({**group, **restored, "params": group["params"]})
+    for name, tensor in tensors.items():
+        kind, owner, key = name.split("/", 2)
+        if kind == "state":
+            state[numbers[owner]][key] = tensor
+        else:
+            groups[int(owner)][key] = tensor
+    parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
+    """Write a state folder; the manifest with sizes and hashes seals it."""
+    from safetensors.torch import save_file
+
+    tensors, plain = optimizer_state(parts)
+    extras = {name: read() for name, (read, _) in parts.extras.items()}
+
+    def fill(folder: Path) -> None:
+        trainable = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.trainable.tensors().items()}
+        save_file(trainable, folder / "trainable.safetensors")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "optimizer.safetensors")
+        texts = {
+            "optimizer.json": json.dumps(plain),
+            "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),
+            "config.toml": parts.config_text,
+        }
+        for name, text in texts.items():
+            (folder / name).write_bytes(text.encode())
+        files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
+        manifest = {"format": FORMAT, "step": progress.step, "base_model": parts.base_model, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+    write_folder(path, fill)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the state at `path`, after every file was checked against it.
+
+    Raises:
+        DataError: if the state is unsealed, of another format, or a file differs.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        if manifest["format"] != FORMAT:
+            raise DataError(f"{path}: state format {manifest['format']}, this version reads {FORMAT}")
+    except (OSError, ValueError, KeyError):
+        raise DataError(f"{path}: is no sealed state (no readable {MANIFEST}); choose another state") from None
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != facts["size"] or sha256(file) != facts["sha256"]:
+            raise DataError(f"{file}: differs from what was saved; choose another state")
+    return manifest
+
+
+def find_state(choice: str, names: FileNames) -> Path:
+    """The folder that `--resume` means: a path, or with "latest" the sealed state of this run that is furthest on.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if choice != "latest":
+        path = Path(choice)
+        if not path.is_dir():
+            raise ConfigError(f"--resume = {choice!r}: there is no such state folder; give its path, or latest")
+        return path
+    found: list[tuple[int, Path]] = []
+    for path in names.existing():
+        if path.is_dir():
+            try:
+                found.append((int(read_manifest(path)["step"]), path))
+            except DataError:
+                continue
+    if not found:
+        raise ConfigError(
+            f"--resume = 'latest': {names.folder} holds no sealed state named {names.last}-...-state; "
+            "states are written with --save_state; leave --resume away to start anew"
+        )
+    return max(found)[1]
+
+
+def read_progress(path: Path) -> Progress:
+    """Where the state at `path` stands; the rest of it is not read."""
+    read_manifest(path)
+    stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    return Progress(**stored["progress"])
+
+
+def load_state(path: Path, parts: StateParts) -> ResumedFrom:
+    """Put back the state at `path`.
+
+    Raises:
+        DataError: if it is broken or was trained on another base model.
+        ModelError: if the trainable weights do not fit this configuration.
+    """
+    from safetensors.torch import load_file
+
+    manifest = read_manifest(path)
+    if manifest["base_model"] != parts.base_model:
+        raise DataError(
+            f"--resume = {path}: was trained on another base model (tensor digest {manifest['base_model'][:12]}, this "
+            f"one has {parts.base_model[:12]}); give the same --pretrained_model_name_or_path"
+        )
+    plain = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
+    stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    if set(plain["state"]) - {name for group in parts.groups for name in group.params}:
+        raise DataError(f"--resume = {path}: holds parameters that this configuration does not train")
+    parts.trainable.load(load_file(path / "trainable.safetensors"))
+    load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
+    for name, (_, restore) in parts.extras.items():
+        restore(stored["extras"][name])
+    config_text = (path / "config.toml").read_text(encoding="utf-8")
+    return ResumedFrom(path, Progress(**stored["progress"]), config_text)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Writes what is due after an update."""
+
+    names: FileNames
+    intervals: Intervals
+    parts: StateParts
+    metadata: Callable[[Progress], Mapping[str, str]]
+    say: Callable[[str], None]
+    end_epoch: int
+    is_main: bool
+
+    def __call__(self, progress: Progress) -> None:
+        """Save where it is due."""
+        for stem in self.intervals.stems(self.names, progress, self.end_epoch):
+            self.save(stem, progress, state=self.intervals.state)
+
+    def save(self, stem: str, progress: Progress, *, state: bool) -> None:
+        """Write the model file, and a state if asked."""
+        if not self.is_main:
+            return
+        path = self.names.model(stem)
+        self.parts.trainable.save(path, self.metadata(progress))
+        if state:
+            save_state(self.names.state(stem), progress, self.parts)
+        self.say(f"saved {path}" + (f" and {self.names.state(stem)}" if state else ""))
+
+    def finish(self, progress: Progress) -> None:
+        """The final file."""
+        self.save(self.names.last, progress, state=self.intervals.state or self.intervals.state_at_end)
+
+    def interrupted(self, progress: Progress) -> None:
+        """Stopped early: a model file and a state, so that nothing is lost."""
+        stem = self.names.at_step(progress.step)
+        self.save(stem, progress, state=True)
+        self.say(f"stopped at step {progress.step}; go on with --resume {self.names.state(stem)}")

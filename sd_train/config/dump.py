@@ -1,0 +1,60 @@
+"""A resolved configuration as TOML text that `--config_file` reads again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from sd_train.config.catalogue import options
+from sd_train.config.options import GROUPS, RunConfig
+
+_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def dump_toml(config: RunConfig, names: Collection[str] | None = None) -> str:
+    """The options of `config` (or those among `names`) as TOML, a comment line before each group.
+
+    Options that are not set are left out. Reading the text gives an equal configuration.
+    """
+    lines = [f"# options of {config.command}"]
+    for group, model in GROUPS.items():
+        values = getattr(config, group)
+        entries = [
+            f"{name} = {_literal(value)}"
+            for name in model.model_fields
+            if (value := getattr(values, name)) is not None and (names is None or name in names)
+        ]
+        if entries:
+            lines += ["", f"# {group}", *entries]
+    return "\n".join(lines) + "\n"
+
+
+def non_default_names(config: RunConfig) -> list[str]:
+    """The options whose value is not their default."""
+    return [
+        name for name, option in options().items() if getattr(getattr(config, option.group), name) != option.default
+    ]
+
+
+def _escaped(character: str) -> str:
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    return f"\\u{ord(character):04x}" if ord(character) < 32 or ord(character) == 127 else character
+
+
+def _text(value: str) -> str:
+    return '"' + "".join(map(_escaped, value)) + '"'
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str | Path):
+        return _text(str(value))
+    if isinstance(value, tuple):
+        return _text(",".join(map(str, value)))
+    if isinstance(value, Mapping):
+        return "[" + ", ".join(_text(f"{name}={argument!r}") for name, argument in value.items()) + "]"
+    raise TypeError(f"no TOML for {type(value).__name__}")

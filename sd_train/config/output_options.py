@@ -1,0 +1,70 @@
+"""Options for what comes out: saved files, sample pictures, logs, metadata."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sd_train.config.group import Group
+from sd_train.config.values import Hint, LaxPath
+
+
+class SavingOptions(Group):
+    """The saved files and the state from which a run is continued."""
+
+    output_dir: LaxPath = Field(description="Folder for everything that the run writes.")
+    output_name: str | None = Field(None, description="Name of the saved files without extension; not given: last.")
+    overwrite: bool = Field(False, description="Replace the files of an earlier run of the same name in output_dir.")
+    save_precision: Literal["float", "fp16", "bf16"] | None = Field(
+        None, description="Precision of the saved weights; not given: float."
+    )
+    save_model_as: Annotated[Literal["safetensors"], Hint(later=("ckpt", "pt"))] = Field(
+        "safetensors", description="Format of the saved files."
+    )
+    save_every_n_epochs: int | None = Field(None, ge=1, description="Save after every n-th epoch.")
+    save_every_n_steps: int | None = Field(None, ge=1, description="Save after every n-th update.")
+    save_state: bool = Field(False, description="Save, with each file, the state from which --resume continues.")
+    save_state_on_train_end: bool = Field(False, description="Save that state when the training ends.")
+    resume: str | None = Field(None, description="State folder to continue from, or: latest.")
+
+
+class SamplingOptions(Group):
+    """Sample pictures made while the training goes on."""
+
+    sample_every_n_steps: int | None = Field(None, ge=1, description="Make sample pictures after every n-th update.")
+    sample_every_n_epochs: int | None = Field(None, ge=1, description="Make sample pictures after every n-th epoch.")
+    sample_at_first: bool = Field(False, description="Make sample pictures before the first update too.")
+    sample_prompts: LaxPath | None = Field(None, description="File with the prompts (.txt, .toml or .json).")
+    sample_sampler: Literal[
+        "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
+        "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+    ] = Field("ddim", description="Sampler of the sample pictures.")  # fmt: skip
+
+
+class LoggingOptions(Group):
+    """Training curves and messages."""
+
+    logging_dir: LaxPath | None = Field(None, description="Folder for the training curves; not given: no curves.")
+    log_with: Annotated[Literal["tensorboard"] | None, Hint(later=("wandb", "all"))] = Field(
+        None, description="Where curves go; not given: tensorboard if logging_dir is given."
+    )
+    log_prefix: str | None = Field(None, description="Start of the name of the folder made in logging_dir.")
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = Field(
+        None, description="Least important messages that are shown; not given: INFO."
+    )
+    console_log_file: LaxPath | None = Field(None, description="File that gets the messages instead of the console.")
+    console_log_simple: bool = Field(False, description="Plain messages without colour.")
+
+
+class MetadataOptions(Group):
+    """What the saved file says of itself."""
+
+    metadata_title: str | None = Field(None, description="Title; not given: output_name.")
+    metadata_author: str | None = Field(None, description="Author.")
+    metadata_description: str | None = Field(None, description="Description.")
+    metadata_license: str | None = Field(None, description="Licence.")
+    metadata_tags: str | None = Field(None, description="Tags, separated by commas.")
+    metadata_usage_hint: str | None = Field(None, description="How the file is meant to be used.")
+    metadata_trigger_phrase: str | None = Field(None, description="Words that call what was learned.")
+    metadata_merged_from: str | None = Field(None, description="Models that the base model was merged from.")

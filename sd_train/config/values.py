@@ -1,0 +1,174 @@
+"""Values that are more than a number, a word or a path: how each is written and what it becomes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Strict, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+NETWORK_ARGS_OF_SD_SCRIPTS = (
+    "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
+    "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold", "rank_dropout", "module_dropout",
+    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "dropout",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What a field's type does not say about its option."""
+
+    kind: Literal["list", "value"] = "value"
+    """`list`: the flag takes any number of words."""
+    shown: str = ""
+    """How the value is written, for `--help`."""
+    later: tuple[str, ...] = ()
+    """Choices that sd-scripts has and this version does not."""
+    zero_is_unset: bool = False
+    """0 means the default although the default is a number."""
+
+
+def rejected(rule: str, way_out: str) -> PydanticCustomError:
+    """The error of a value, with the two sentences that the user is shown."""
+    return PydanticCustomError("option_value", "{rule}; {way_out}", {"rule": rule, "way_out": way_out})
+
+
+def parse_resolution(value: object) -> tuple[int, int] | None:
+    """`512`, `"512"`, `"512,768"` or `[512, 768]` -> (width, height) in pixels."""
+    rule, way_out = "must be one or two whole numbers of pixels", 'write "512" for a square or "512,768" (width,height)'
+    parts: Sequence[object]
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    sides: list[int] = []
+    for part in parts:
+        if isinstance(part, bool) or not isinstance(part, int | str):
+            raise rejected(rule, way_out)
+        try:
+            sides.append(int(part))
+        except ValueError:
+            raise rejected(rule, way_out) from None
+    if len(sides) not in (1, 2) or min(sides) <= 0:
+        raise rejected(rule, way_out)
+    return sides[0], sides[-1]
+
+
+def parse_warmup(value: object) -> int | float:
+    """Warm-up as steps (int) or as a share of the training (float below 1), by sd-scripts' rule for `int_or_float`.
+
+    "10%" -> 0.1; below 1 -> the share; a whole number from 1 on -> steps. 1.0 and 1.5 are neither and are refused, as
+    is a share of 100 % or more, whose training would end before the learning rate is reached.
+    """
+    way_out = 'write steps as a whole number (100), or a share as 0.1 or "10%"'
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise rejected("must be a number of steps or a share of the training", way_out)
+    text = value.strip() if isinstance(value, str) else repr(value)
+    try:
+        number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise rejected("must be a number of steps or a share of the training", way_out) from None
+    if number == 0:
+        return 0
+    if 0 < number < 1:
+        return number
+    if not text.endswith("%") and text.removeprefix("+").isdecimal():
+        return int(text)
+    finite = 1 <= number < float("inf")
+    rule = "is neither whole steps nor a share below 1" if finite else "is negative or not finite"
+    raise rejected(rule, way_out)
+
+
+def parse_arguments(value: object) -> dict[str, Any]:
+    """`["weight_decay=0.01", "betas=.9,.999"]` -> `{"weight_decay": 0.01, "betas": (0.9, 0.999)}`.
+
+    Values are Python literals; a word that is none stays a string.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise rejected("must be a list of name=value", 'write ["weight_decay=0.01", "betas=.9,.999"]')
+    arguments: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = name.strip()
+        if not equals or not name.isidentifier():
+            raise rejected(f"{word!r} is not name=value", "write each as weight_decay=0.01, without blanks around '='")
+        if name in arguments:
+            raise rejected(f"{name} is given twice", "remove one of the two")
+        try:
+            arguments[name] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            arguments[name] = text.strip()
+    return arguments
+
+
+def parse_network_args(value: object) -> dict[str, Any]:
+    """Only the empty list is accepted in this version; a key is named as not yet supported or as unknown."""
+    arguments = parse_arguments(value)
+    if not arguments:
+        return arguments
+    later = [name for name in arguments if name in NETWORK_ARGS_OF_SD_SCRIPTS]
+    unknown = [name for name in arguments if name not in NETWORK_ARGS_OF_SD_SCRIPTS]
+    rules = [f"{', '.join(later)}: not yet supported"] if later else []
+    rules += [f"{', '.join(unknown)}: unknown to networks.lora"] if unknown else []
+    raise rejected("; ".join(rules), "remove it from network_args, which must be empty in this version")
+
+
+def parse_single_rate(value: object) -> object:
+    """sd-scripts takes a list of text encoder rates; Stable Diffusion 1.x has one text encoder, so one rate."""
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise rejected("takes one rate, because the model has one text encoder", "give a single number")
+        value = value[0]
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise rejected("must be a number", "write for example 5e-5") from None
+    return value
+
+
+_ARGUMENTS_SCHEMA = WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": "="}})
+_SIDE = {"type": "integer", "minimum": 1}
+
+LaxPath = Annotated[Path, Strict(False)]
+Resolution = Annotated[
+    tuple[int, int] | None,
+    BeforeValidator(parse_resolution),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _SIDE,
+                {"type": "string", "pattern": r"^\s*\d+\s*(,\s*\d+\s*)?$"},
+                {"type": "array", "items": _SIDE, "minItems": 1, "maxItems": 2},
+            ]
+        }
+    ),
+    Hint(shown="N or W,H"),
+]
+WarmupSteps = Annotated[
+    int | float,
+    BeforeValidator(parse_warmup),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+                {"type": "string", "pattern": r"^\s*[\d.]+\s*%?$"},
+            ]
+        }
+    ),
+    Hint(shown="STEPS or SHARE or N%"),
+]
+Arguments = Annotated[
+    Mapping[str, Any], BeforeValidator(parse_arguments), _ARGUMENTS_SCHEMA, Hint("list", "NAME=VALUE ...")
+]
+NetworkArguments = Annotated[
+    Mapping[str, Any], BeforeValidator(parse_network_args), _ARGUMENTS_SCHEMA, Hint("list", "NAME=VALUE ...")
+]
+SingleRate = Annotated[float | None, BeforeValidator(parse_single_rate), Hint("list", "NUMBER")]

@@ -1,0 +1,1 @@
+"""The dataset: its configuration, index, buckets, captions and pixels."""

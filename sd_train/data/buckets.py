@@ -1,0 +1,169 @@
+"""Aspect-ratio buckets: the resolutions that a batch may have, and which one an image goes to.
+
+The rules are sd-scripts' (`BucketManager`, `make_bucket_resolutions`, `trim_and_resize_if_required`); sizes are
+(width, height) in pixels throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_train.data.config import DatasetConfig
+from sd_train.errors import DataError, Problem
+
+Size = tuple[int, int]
+Sizes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where one image goes."""
+
+    bucket: Size
+    resized: Size
+    """Size after the resize and before the crop to the bucket."""
+    aspect_error: float
+    """Bucket's width/height less the image's."""
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Where each of N images goes: one row an image."""
+
+    bucket: Sizes
+    """[N, 2]"""
+    resized: Sizes
+    """[N, 2]"""
+    aspect_error: NDArray[np.float64]
+    """[N]; not finite where the bucket has no area."""
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """[N]: false where the image is smaller than one bucket step, so that nothing would be left of it."""
+        return np.asarray(self.bucket.min(axis=1) > 0)
+
+
+def bucket_resolutions(resolution: Size, minimum: int, maximum: int, step: int) -> list[Size]:
+    """The bucket sizes for a target `resolution`, sorted.
+
+    Each side is a multiple of `step` from `minimum` (rounded down to one) to `maximum` (rounded up), the area at most
+    that of `resolution`; for each width the largest height that fits, its mirror image, and the largest square.
+
+    Raises:
+        ValueError: if `minimum` is below one step.
+    """
+    lowest = minimum // step * step
+    highest = -(-maximum // step) * step
+    if lowest < step:
+        raise ValueError(f"the smallest bucket side, {minimum}, is below one step of {step}")
+    area = resolution[0] * resolution[1]
+    square = int(np.sqrt(area) // step) * step
+    found = {(square, square)}
+    for width in range(lowest, highest + 1, step):
+        height = min(highest, area // width // step * step)
+        if height >= lowest:
+            found |= {(width, height), (height, width)}
+    return sorted(found)
+
+
+def assign(size: Size, dataset: DatasetConfig, name: str = "the image") -> Assignment:
+    """Bucket and resized size of one image of `size`.
+
+    Raises:
+        DataError: if nothing of it would be left in a bucket; `name` is what the message calls it.
+    """
+    rows = assign_many(np.array([size], dtype=np.int64), dataset)
+    if not rows.usable[0]:
+        raise DataError(str(too_small(name, size, dataset)))
+    (bucket_width, bucket_height), (width, height) = rows.bucket[0], rows.resized[0]
+    return Assignment(
+        bucket=(int(bucket_width), int(bucket_height)),
+        resized=(int(width), int(height)),
+        aspect_error=float(rows.aspect_error[0]),
+    )
+
+
+def too_small(name: str, size: Size, dataset: DatasetConfig) -> Problem:
+    """The problem of an image that no bucket can take."""
+    step = dataset.bucket_reso_steps
+    return Problem(
+        where=name,
+        value=f"{size[0]}x{size[1]} pixels",
+        rule=f"after scaling down, a side is shorter than bucket_reso_steps ({step}), so no bucket can hold it",
+        way_out="remove the image, or set bucket_no_upscale = false",
+    )
+
+
+def assign_many(sizes: Sizes, dataset: DatasetConfig) -> Assignments:
+    """Buckets and resized sizes for `sizes` [N, 2] of positive numbers, by the settings of `dataset`.
+
+    With `bucket_no_upscale` an image is only ever scaled down, and the bucket is the resized size cut to whole steps;
+    otherwise it goes to the predefined bucket of nearest width/height and is scaled to cover it. Without buckets,
+    `resolution` is the only one.
+    """
+    sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+    aspect = sizes[:, 0] / sizes[:, 1]
+    if not dataset.enable_bucket:
+        bucket = _nearest(sizes, aspect, [dataset.resolution])
+        resized = _cover(sizes, aspect, bucket)
+    elif not dataset.bucket_no_upscale:
+        limits = dataset.min_bucket_reso, dataset.max_bucket_reso
+        bucket = _nearest(sizes, aspect, bucket_resolutions(dataset.resolution, *limits, dataset.bucket_reso_steps))
+        resized = _cover(sizes, aspect, bucket)
+    else:
+        resized = _shrink(sizes, aspect, dataset.resolution[0] * dataset.resolution[1], dataset.bucket_reso_steps)
+        bucket = resized - resized % dataset.bucket_reso_steps
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = bucket[:, 0] / bucket[:, 1] - aspect
+    return Assignments(bucket, resized, error)
+
+
+def crop_box(resized: Size, bucket: Size) -> tuple[int, int]:
+    """(left, top) of the centred box of size `bucket` in an image of size `resized`."""
+    return (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
+
+
+def _nearest(sizes: Sizes, aspect: NDArray[np.float64], buckets: list[Size]) -> Sizes:
+    """For each size the bucket equal to it, else that of nearest width/height; the first of equally near ones."""
+    table = np.array(buckets, dtype=np.int64)
+    ratios, first = np.unique(table[:, 0] / table[:, 1], return_index=True)
+    above = np.clip(np.searchsorted(ratios, aspect), 0, len(ratios) - 1)
+    below = np.maximum(above - 1, 0)
+    error_above, error_below = np.abs(ratios[above] - aspect), np.abs(ratios[below] - aspect)
+    chosen = np.where(error_below < error_above, first[below], first[above])
+    tied = error_below == error_above
+    chosen[tied] = np.minimum(first[below[tied]], first[above[tied]])
+    codes = table[:, 0] << 32 | table[:, 1]
+    wanted = sizes[:, 0] << 32 | sizes[:, 1]
+    place = np.clip(np.searchsorted(codes, wanted), 0, len(codes) - 1)
+    return table[np.where(codes[place] == wanted, place, chosen)]
+
+
+def _cover(sizes: Sizes, aspect: NDArray[np.float64], bucket: Sizes) -> Sizes:
+    """Scaled, with the aspect ratio kept, so that the bucket is just covered."""
+    wider = aspect > bucket[:, 0] / bucket[:, 1]
+    scale = np.where(wider, bucket[:, 1] / sizes[:, 1], bucket[:, 0] / sizes[:, 0])
+    return (sizes * scale[:, None] + 0.5).astype(np.int64)
+
+
+def _shrink(sizes: Sizes, aspect: NDArray[np.float64], area: int, step: int) -> Sizes:
+    """Scaled down to about `area` where larger: one side a multiple of `step`, the side that keeps the ratio better."""
+
+    def whole_steps(length: NDArray[np.float64]) -> Sizes:
+        rounded = (length + 0.5).astype(np.int64)
+        return rounded - rounded % step
+
+    width = np.sqrt(area * aspect)
+    height = area / width
+    by_width, by_height = whole_steps(width), whole_steps(height)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        width_error = np.abs(by_width / whole_steps(by_width / aspect) - aspect)
+        height_error = np.abs(whole_steps(by_height * aspect) / by_height - aspect)
+    from_width = np.stack([by_width, (by_width / aspect + 0.5).astype(np.int64)], axis=1)
+    from_height = np.stack([(by_height * aspect + 0.5).astype(np.int64), by_height], axis=1)
+    smaller = np.where((width_error < height_error)[:, None], from_width, from_height)
+    larger_than_area = sizes[:, 0] * sizes[:, 1] > area
+    return np.where(larger_than_area[:, None], smaller, sizes)

@@ -1,0 +1,95 @@
+"""Which files of a folder are images, and what to say when there are none."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from sd_train.errors import Problem
+
+IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
+_OTHER_IMAGES = frozenset({".heic", ".heif", ".gif", ".tif", ".tiff", ".jxl", ".jfif", ".jp2", ".psd", ".svg", ".tga"})
+_LEGACY_FOLDER = re.compile(r"\s*\d+\s*(_.*)?")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The names in a folder, without its sub-folders' contents."""
+
+    images: list[str]
+    """Sorted."""
+    others: list[str]
+    """Files that are no images, sorted."""
+    folders: list[str]
+    """Sub-folders, sorted."""
+
+
+def list_folder(path: Path) -> Folder:
+    """List `path`, not recursively; names that begin with a dot are left out, as sd-scripts does.
+
+    Raises:
+        OSError: if the folder cannot be listed.
+    """
+    images, others, folders = [], [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS:
+                images.append(entry.name)
+            else:
+                others.append(entry.name)
+    return Folder(sorted(images), sorted(others), sorted(folders))
+
+
+def holds_image(path: Path) -> bool:
+    """Whether at least one file directly in `path` is an image by its extension."""
+    with os.scandir(path) as entries:
+        return any(
+            os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS
+            and not entry.name.startswith(".")
+            and not entry.is_dir()
+            for entry in entries
+        )
+
+
+def no_images(where: str, path: Path) -> Problem:
+    """The problem of a folder without images: what it holds instead, and what to do."""
+    listed = list_folder(path)
+    legacy = [name for name in listed.folders if _LEGACY_FOLDER.fullmatch(name)]
+    inner = legacy or [name for name in listed.folders if _holds_image_if_readable(path / name)]
+    known = ", ".join(sorted(IMAGE_EXTENSIONS))
+    value = repr(str(path))
+    if inner:
+        example = path / inner[0]
+        found = f"{_number(len(inner), 'sub-folder')} such as {inner[0]!r}"
+        way_out = f"give the folder one level down: image_dir = '{example}', with a [[datasets.subsets]] for each"
+        if legacy:
+            number, _, words = legacy[0].partition("_")
+            way_out += f", num_repeats = {int(number)}" + (f" and class_tokens = {words!r}" if words else "")
+        return Problem(where, value, f"no image lies directly in this folder, only {found}", way_out)
+    extensions = Counter(os.path.splitext(name)[1].lower() for name in listed.others)
+    unreadable = {extension: count for extension, count in extensions.items() if extension in _OTHER_IMAGES}
+    if unreadable:
+        found = ", ".join(f"{_number(count, 'file')} {extension}" for extension, count in sorted(unreadable.items()))
+        return Problem(where, value, f"no image that can be read lies in this folder, only {found}",
+                       f"convert them to one of {known}")
+    found = "it is empty" if not listed.others and not listed.folders else (
+        f"it holds {_number(len(listed.others), 'other file')} and {_number(len(listed.folders), 'folder')}")
+    return Problem(where, value, f"no image lies in this folder ({found})", f"put images ({known}) there or correct it")
+
+
+def _holds_image_if_readable(path: Path) -> bool:
+    try:
+        return holds_image(path)
+    except OSError:
+        return False
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

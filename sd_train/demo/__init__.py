@@ -1,0 +1,1 @@
+"""The demo: small real photographs and a tiny model."""

@@ -1,0 +1,183 @@
+"""Where and how the arithmetic runs: ranks, dtypes, gradient reduction, and the optimizer step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from sd_train.errors import ConfigError
+
+Precision = Literal["no", "fp16", "bf16"]
+DTYPES: dict[str, torch.dtype] = {
+    "no": torch.float32,
+    "float": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One rank's device."""
+
+    device: torch.device
+    precision: Precision
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Dtype of the frozen weights."""
+        return DTYPES[self.precision]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision around forward passes; float32 weights stay what they are."""
+        if self.precision == "no":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.weight_dtype)
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """`tensor` on this device; the copy does not wait."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all ranks; without others, `value` itself."""
+        if self.world > 1:
+            distributed.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            distributed.barrier()
+
+
+def open_device(precision: Precision) -> Device:
+    """The device of this process; joins the other ranks when `accelerate launch` or `torchrun` started several.
+
+    Raises:
+        ConfigError: if the device cannot compute in `precision`.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigError("--mixed_precision = 'bf16': this GPU has no bf16; use fp16")
+    elif torch.backends.mps.is_available():
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Device(device, precision, rank, world)
+
+
+@dataclass
+class GradScaler:
+    """Keeps fp16 gradients in range (Micikevicius et al. 2018): doubles now and then, halves when they overflow."""
+
+    scale: float = 65536.0
+    growth_interval: int = 2000
+    good_steps: int = 0
+
+    def update(self, finite: bool) -> None:
+        """Count one step."""
+        if not finite:
+            self.scale, self.good_steps = max(1.0, self.scale / 2.0), 0
+            return
+        self.good_steps += 1
+        if self.good_steps >= self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2.0, 0
+
+    def state(self) -> dict[str, float]:
+        """What a resume needs."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Go on from `state`."""
+        self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
+
+
+class Updater:
+    """Gradients of the micro-batches -> one optimizer step: sum over ranks, unscale, clip, step, zero."""
+
+    def __init__(
+        self, device: Device, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], max_norm: float
+    ) -> None:
+        self.device, self.optimizer = device, optimizer
+        # A list: an iterator would be consumed by the first user, and clipping would silently do nothing.
+        self.params = list(params)
+        self.max_norm = max_norm
+        self.scaler = GradScaler() if device.precision == "fp16" else None
+        self.skipped = 0
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Set the learning rate of each group, in order."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def figures(self) -> dict[str, float | Tensor]:
+        """What is worth logging: the step size that the optimizer estimated, the scale of fp16 gradients."""
+        figures: dict[str, float | Tensor] = {}
+        for place, group in enumerate(self.optimizer.param_groups):
+            if "d" in group:
+                figures[f"lr/d*lr/group{place}"] = group["d"] * group["lr"]
+        if self.scaler is not None:
+            figures["grad_scale"] = self.scaler.scale
+        return figures
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, a scalar."""
+        scaled = loss if self.scaler is None else loss * self.scaler.scale
+        torch.autograd.backward(scaled)
+
+    def step(self) -> Tensor:
+        """Take one optimizer step; returns the gradients' norm before clipping, on the device."""
+        if self.device.world > 1:
+            reduce_gradients(self.params)
+        gradients = [parameter.grad for parameter in self.params if parameter.grad is not None]
+        if self.scaler is not None:
+            torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
+        norm = nn.utils.get_total_norm(gradients, foreach=True if self.device.device.type != "mps" else None)
+        # In fp16 an overflow must be known before the step, which is the only wait of the host inside an update.
+        finite = self.scaler is None or bool(torch.isfinite(norm))
+        if finite:
+            if self.max_norm > 0:
+                nn.utils.clip_grads_with_norm_(self.params, self.max_norm, norm, foreach=True)
+            self.optimizer.step()
+        else:
+            self.skipped += 1
+        if self.scaler is not None:
+            self.scaler.update(finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def reduce_gradients(params: Sequence[nn.Parameter], bucket_elements: int = 16 * 2**20) -> None:
+    """Sum the gradients over all ranks, in place, in flat buckets; a parameter without a gradient counts as zero."""
+    bucket: list[Tensor] = []
+    size = 0
+    for place, parameter in enumerate(params):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        size += parameter.grad.numel()
+        if size >= bucket_elements or place == len(params) - 1:
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            distributed.all_reduce(flat)
+            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+            bucket, size = [], 0

@@ -1,0 +1,1 @@
+"""Diffusion mathematics: small pure functions with the papers' symbols."""

@@ -1,0 +1,37 @@
+"""What all entry points share: errors that users can mend end without a traceback, with an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from sd_train.errors import UserError
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Run `action`; its exit code, or that of the error it ended in (130 after a second Ctrl-C)."""
+    try:
+        return action()
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return problem.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def train_command(command: str, argv: Sequence[str]) -> int:
+    """Read the options of `command` and train."""
+
+    def action() -> int:
+        # torch takes seconds to import: bad options and --help must not wait for it.
+        from sd_train.config.parser import load_run_config
+
+        loaded = load_run_config(command, argv)
+        for warning in loaded.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        from sd_train.build import run
+
+        return run(loaded.config)
+
+    return guarded(action)

@@ -1,0 +1,1 @@
+"""Model families: load, encode, condition, predict, save."""

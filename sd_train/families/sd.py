@@ -1,0 +1,285 @@
+"""Stable Diffusion 1.x: load, encode, condition, predict, save."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sd_train.diffusion.schedule import NoiseSchedule
+from sd_train.errors import ModelError
+from sd_train.families.base import LatentSpec
+from sd_train.families.checkpoints import (
+    VOCABULARY,
+    SdParts,
+    join_checkpoint,
+    published_config,
+    read_tensors,
+    split_checkpoint,
+    unet_shape_of,
+)
+from sd_train.families.keys import (
+    LoraTarget,
+    live_text_name,
+    published_text_name,
+    text_lora_targets,
+    unet_lora_targets,
+)
+from sd_train.families.text import CHUNK, ChunkTokenizer, clip_transformer, encode_chunks
+from sd_train.families.tokenizer import load_clip_tokenizer
+from sd_train.files import write_tensors
+from sd_train.types import Conditioning, Geometry
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+
+class StableDiffusion1:
+    """A loaded Stable Diffusion 1.x model; every network is frozen and in evaluation mode."""
+
+    name = "sd1"
+    base_version = "sd_v1"
+    architecture = "stable-diffusion-v1"
+    prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    timesteps = 1000
+    channels, factor = 4, 8
+    """Of the latents; every SD 1.x autoencoder has these."""
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        for network in (unet, vae, text_encoder):
+            network.requires_grad_(False).eval()
+        self.networks: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+        self.tokenizer = ChunkTokenizer(load_clip_tokenizer("<|endoftext|>"))
+        self.clip_skip: int | None = None
+        self.chunks = 1
+        self.schedule = NoiseSchedule.scaled_linear()
+        self.latent = LatentSpec(self.channels, self.factor, vae.config["scaling_factor"], "sd1")
+
+    def configure(self, clip_skip: int | None, max_token_length: int | None) -> None:
+        """How captions are encoded: `--clip_skip` and `--max_token_length` (75, 150 or 225 tokens).
+
+        Raises:
+            ModelError: if the text encoder has fewer layers than are to be skipped.
+        """
+        layers = self.text_encoder.config.num_hidden_layers
+        if clip_skip is not None and clip_skip > layers:
+            raise ModelError(f"--clip_skip = {clip_skip}: the text encoder has {layers} layers; use at most {layers}")
+        self.clip_skip = clip_skip
+        self.chunks = (max_token_length or CHUNK) // CHUNK
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> StableDiffusion1:
+        """Move every network to `device` in `dtype`."""
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(device=device, dtype=dtype)
+        self.schedule = self.schedule.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.unet.device
+
+    def lora_targets(self, role: str) -> list[LoraTarget]:
+        """What gets a LoRA in network `role`, under its published name."""
+        if role == "unet":
+            return unet_lora_targets(unet_shape_of(self.unet.config))
+        return text_lora_targets(self.text_encoder.config.num_hidden_layers)
+
+    def module(self, role: str, path: str) -> nn.Module:
+        """The live module with the published path `path` in network `role`."""
+        if role == "unet":
+            return self.unet.get_submodule(path)
+        nested = clip_transformer(self.text_encoder) is not self.text_encoder
+        return self.text_encoder.get_submodule(live_text_name(path, nested))
+
+    def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
+        """[B, 3, height, width] in [-1, 1] -> "mean" and "logvar", [B, 4, height / 8, width / 8], float32."""
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
+
+    def draw_latents(self, images: Mapping[str, Tensor], noise: Tensor) -> Tensor:
+        """A draw from the autoencoder's posterior, scaled (Rombach et al. 2022, appendix G)."""
+        return (images["mean"] + (0.5 * images["logvar"]).exp() * noise) * self.latent.scale
+
+    def encode_texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Captions -> "states", [B, tokens, width]; with gradients where they are switched on."""
+        ids = self.tokenizer(captions, self.chunks).to(self.text_encoder.device)
+        return {"states": encode_chunks(self.text_encoder, ids, self.clip_skip)}
+
+    def condition(
+        self, texts: Mapping[str, Tensor], images: Mapping[str, Tensor], geometry: Sequence[Geometry]
+    ) -> Conditioning:
+        """Stable Diffusion 1.x is told the caption and nothing else."""
+        return Conditioning(texts["states"])
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """[B, 4, h, w], [B] -> the predicted noise, [B, 4, h, w]."""
+        states = conditioning.states
+        output = self.unet(noisy.to(self.unet.dtype), timesteps, encoder_hidden_states=states, return_dict=False)[0]
+        assert isinstance(output, Tensor)
+        return output
+
+    def prompt_embeddings(self, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
+        """Prompt and negative prompt -> [1, tokens, width] each; up to 225 tokens, whatever the training uses."""
+        chunks = max(self.chunks, self.tokenizer.chunks_for([prompt, negative], limit=3))
+        ids = self.tokenizer([prompt, negative], chunks).to(self.text_encoder.device)
+        states = encode_chunks(self.text_encoder, ids, self.clip_skip)
+        return states[:1], states[1:]
+
+    def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
+        """diffusers' pipeline around our modules; it is given prompt embeddings, so it needs no text encoder."""
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=None,
+            tokenizer=None,
+            unet=self.unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def tensors(self, role: str) -> dict[str, Tensor]:
+        """All weights of "unet", "vae" or "text_encoder" under their published names."""
+        if role == "text_encoder":
+            named = self.text_encoder.state_dict().items()
+            return {published_text_name(name): tensor for name, tensor in named if "position_ids" not in name}
+        return dict((self.unet if role == "unet" else self.vae).state_dict())
+
+    def digest(self) -> str:
+        """SHA-256 over every weight's name, dtype, shape and bytes: which base model this is, whatever its file."""
+        digest = hashlib.sha256()
+        for role in ("text_encoder", "unet", "vae"):
+            for name, tensor in sorted(self.tensors(role).items()):
+                digest.update(f"{role}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def save(self, path: Path, overrides: Mapping[str, Tensor]) -> None:
+        """Write one `.safetensors` file under the original checkpoint's names.
+
+        Args:
+            path: the file to write; it appears complete or not at all.
+            overrides: weights that replace those of the networks, as "unet.NAME" or "text_encoder.NAME".
+        """
+        parts = {role: self.tensors(role) for role in ("unet", "vae", "text_encoder")}
+        for name, tensor in overrides.items():
+            role, _, inner = name.partition(".")
+            parts[role][inner] = tensor
+        levels = len(self.vae.config["block_out_channels"])
+        shape = unet_shape_of(self.unet.config)
+        joined = join_checkpoint(parts["unet"], parts["vae"], parts["text_encoder"], shape, levels)
+        write_tensors(path, joined, {"format": "pt"})
+
+
+def load_sd1(source: Path) -> StableDiffusion1:
+    """Load a Stable Diffusion 1.x model from a diffusers folder or one file, without any network.
+
+    Raises:
+        ModelError: if there is nothing at `source`, or it is of another kind, incomplete or broken.
+    """
+    if source.is_dir():
+        return _load_folder(source)
+    if not source.is_file():
+        raise ModelError(
+            f"--pretrained_model_name_or_path = {source}: there is no such file or folder (current folder: "
+            f"{Path.cwd()}); models are not downloaded yet, give a .safetensors or .ckpt file or a diffusers folder"
+        )
+    return assemble(split_checkpoint(read_tensors(source), source), source)
+
+
+def assemble(parts: SdParts, source: Path) -> StableDiffusion1:
+    """Build the networks of `parts`.
+
+    Raises:
+        ModelError: if tensors and configurations do not fit.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    _check_vocabulary(parts.text_config["vocab_size"], source)
+    _check_autoencoder(parts.vae_config, source)
+    unet = UNet2DConditionModel.from_config(parts.unet_config)
+    vae = AutoencoderKL.from_config(parts.vae_config)
+    text_encoder = CLIPTextModel(CLIPTextConfig(**parts.text_config))
+    nested = clip_transformer(text_encoder) is not text_encoder
+    text = {live_text_name(name, nested): tensor for name, tensor in parts.text_encoder.items()}
+    loads: tuple[tuple[str, Any, Mapping[str, Tensor]], ...] = (
+        ("U-Net", unet, parts.unet),
+        ("VAE", vae, parts.vae),
+        ("text encoder", text_encoder, text),
+    )
+    for title, network, tensors in loads:
+        try:
+            network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
+        except RuntimeError as problem:
+            reason = " ".join(str(problem).split())[:300]
+            raise ModelError(f"--pretrained_model_name_or_path = {source}: the {title} does not fit: {reason}") from None
+    return StableDiffusion1(unet, vae, text_encoder)
+
+
+def _check_vocabulary(size: int, source: Path) -> None:
+    if size != VOCABULARY:
+        raise ModelError(
+            f"--pretrained_model_name_or_path = {source}: the text encoder knows {size} tokens, CLIP's vocabulary has "
+            f"{VOCABULARY}; models with added tokens are not supported, give the model without them"
+        )
+
+
+def _check_autoencoder(config: Mapping[str, Any], source: Path) -> None:
+    factor, channels = 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
+    if (factor, channels) != (StableDiffusion1.factor, StableDiffusion1.channels):
+        raise ModelError(
+            f"--pretrained_model_name_or_path = {source}: the VAE shrinks {factor} times to {channels} channels, "
+            f"Stable Diffusion's {StableDiffusion1.factor} times to {StableDiffusion1.channels}; give another model"
+        )
+
+
+def _load_folder(source: Path) -> StableDiffusion1:
+    import diffusers.utils.logging
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    missing = [part for part in ("unet", "vae", "text_encoder") if not (source / part / "config.json").is_file()]
+    if missing:
+        found = ", ".join(sorted(entry.name for entry in source.iterdir())[:8]) or "nothing"
+        raise ModelError(
+            f"--pretrained_model_name_or_path = {source}: is no diffusers model folder, it has no "
+            f"{missing[0]}/config.json (found: {found}); give the folder that holds model_index.json, or one file"
+        )
+    if (source / "text_encoder_2").is_dir():
+        raise ModelError(f"--pretrained_model_name_or_path = {source}: is an SDXL model, and SDXL is not yet supported")
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", local_files_only=True)
+        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", local_files_only=True)
+        text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder", local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as problem:
+        reason = " ".join(str(problem).split())[:300]
+        raise ModelError(f"--pretrained_model_name_or_path = {source}: cannot be loaded: {reason}") from None
+    _check_family(unet.config, source)
+    _check_vocabulary(text_encoder.config.vocab_size, source)
+    _check_autoencoder(vae.config, source)
+    # Folders are often stored in half precision; what is trained on top is decided by --mixed_precision.
+    return StableDiffusion1(unet.float(), vae.float(), text_encoder.float())
+
+
+def _check_family(unet: Mapping[str, Any], source: Path) -> None:
+    if unet.get("use_linear_projection"):
+        kind = "a Stable Diffusion 2.x model, and 2.x is not yet supported"
+    elif unet["in_channels"] != published_config("unet")["in_channels"]:
+        kind = f"a U-Net with {unet['in_channels']} input channels (inpainting?), and only 4 are supported yet"
+    elif unet.get("time_cond_proj_dim") is not None:
+        kind = "an LCM U-Net, and those are not yet supported"
+    else:
+        return
+    raise ModelError(f"--pretrained_model_name_or_path = {source}: is {kind}")

@@ -1,0 +1,119 @@
+"""Files appear complete or not at all: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_train.errors import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _sync_folder(folder: Path) -> None:
+    # Windows cannot open folders; its rename is durable enough without.
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+
+    Raises:
+        RunError: if the disk refuses; nothing half-written stays behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _sync_file(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as problem:
+        raise RunError(f"{path}: cannot be written ({problem}); free space or choose another --output_dir") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text with plain newlines, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_bytes(text.encode()) and None)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all; tensors may be views and on any device."""
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda temporary: save_file(plain, temporary, dict(metadata) if metadata else None))
+
+
+def write_network(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a LoRA-like network with the two hashes that web UIs look it up by.
+
+    `sshs_model_hash` is SHA-256 of the tensors' bytes as they stand in the file, `sshs_legacy_hash` the first 8 digits
+    of SHA-256 of 64 KiB at 1 MiB of a file that carries the `ss_*` entries alone (sd-scripts' definitions).
+    """
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    hashed = save(plain, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    start = 8 + int.from_bytes(hashed[:8], "little")
+    hashes = {
+        "sshs_model_hash": hashlib.sha256(memoryview(hashed)[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(hashed[0x100000:0x110000]).hexdigest()[:8],
+    }
+    write_tensors(path, plain, {**metadata, **hashes})
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write files into a temporary folder beside `path`, then move it there; an old `path` goes last.
+
+    Raises:
+        RunError: if the disk refuses; an old `path` is then still whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        for file in temporary.iterdir():
+            _sync_file(file)
+        _sync_folder(temporary)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as problem:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise RunError(f"{path}: cannot be written ({problem}); free space or choose another --output_dir") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path, offset: int = 0) -> str:
+    """SHA-256 of the bytes of `path` from `offset` on, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(offset)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

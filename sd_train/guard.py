@@ -1,0 +1,37 @@
+"""Stopping in good order: the first Ctrl-C (or SIGTERM) ends the run after the running update, the second at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+
+class Guard:
+    """While it is entered, stop signals are noted instead of ending the process."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._before: dict[signal.Signals, signal.Handlers | Callable[[int, FrameType | None], object] | int | None] = {}
+        self.stop_requested = False
+
+    def __enter__(self) -> Guard:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._noted)
+            except ValueError:
+                # Only the main thread may set handlers; embedded in another thread the caller has to stop us.
+                break
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _noted(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        self._say("stopping after this update and saving; press Ctrl-C again to stop at once without saving")

@@ -1,0 +1,74 @@
+"""The training loop: the one file to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sd_train.checkpoint import Checkpoint
+from sd_train.data.batches import Updates
+from sd_train.device import Updater
+from sd_train.guard import Guard
+from sd_train.objectives.base import Objective
+from sd_train.optim.schedules import Schedule
+from sd_train.preview import Preview
+from sd_train.report import Report
+from sd_train.trainables.base import ParamGroup, Trainable
+from sd_train.types import Progress
+
+
+@dataclass
+class Training:
+    """Everything that the loop works with."""
+
+    progress: Progress
+    end: int
+    """The update at which the training ends, over all its runs."""
+    updates: Updates
+    objective: Objective
+    trainable: Trainable
+    groups: list[ParamGroup]
+    schedule: Schedule
+    updater: Updater
+    report: Report
+    preview: Preview | None
+    checkpoint: Checkpoint
+    guard: Guard
+
+
+def train(run: Training) -> bool:
+    """Train from `run.progress` to `run.end`; False if a stop was requested before the end."""
+    progress, updater = run.progress, run.updater
+    if run.preview is not None:
+        run.preview(progress)
+    for update in run.updates.starting_at(progress, run.end):
+        factor = run.schedule.factor(progress.step)
+        updater.set_rates([group.lr * factor for group in run.groups])
+        loss = torch.zeros((), device=updater.device.device)
+        for batch in update.batches:
+            run.trainable.before_batch(update, batch)
+            losses = run.objective.loss(batch)
+            updater.backward(losses.sum() / update.samples)
+            loss += losses.detach().sum() / update.samples
+        norm = updater.step()
+        run.trainable.after_step()
+        run.objective.after_step()
+        progress.advance(update)
+        run.report.update(
+            step=progress.step,
+            epoch=progress.epoch,
+            samples=update.samples,
+            loss=updater.device.sum(loss),
+            rates={group.name: group.lr * factor for group in run.groups},
+            grad_norm=norm,
+            extra=updater.figures(),
+        )
+        if run.preview is not None:
+            run.preview(progress)
+        run.checkpoint(progress)
+        if run.guard.stop_requested and progress.step < run.end:
+            run.checkpoint.interrupted(progress)
+            return False
+    run.checkpoint.finish(progress)
+    return True

@@ -1,0 +1,248 @@
+"""What a saved LoRA says of itself: sd-scripts' `ss_*` entries and `modelspec.*`, as web UIs read them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sd_train import __version__
+from sd_train.config.options import RunConfig
+from sd_train.data.index import ImageIndex
+from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.files import sha256
+from sd_train.types import Progress
+
+# Options of sd-scripts whose part of the trainer does not exist: what it writes when they are not given.
+_NOT_GIVEN = {
+    "ss_full_fp16": "False",
+    "ss_v2": "False",
+    "ss_lowram": "False",
+    "ss_noise_offset": "None",
+    "ss_multires_noise_iterations": "None",
+    "ss_multires_noise_discount": "0.3",
+    "ss_adaptive_noise_scale": "None",
+    "ss_zero_terminal_snr": "False",
+    "ss_face_crop_aug_range": "None",
+    "ss_min_snr_gamma": "None",
+    "ss_scale_weight_norms": "None",
+    "ss_ip_noise_gamma": "None",
+    "ss_debiased_estimation": "False",
+    "ss_noise_offset_random_strength": "False",
+    "ss_ip_noise_gamma_random_strength": "False",
+    "ss_loss_type": "l2",
+    "ss_huber_schedule": "snr",
+    "ss_huber_scale": "1.0",
+    "ss_huber_c": "0.1",
+    "ss_fp8_base": "False",
+    "ss_fp8_base_unet": "False",
+    "ss_validation_seed": "None",
+    "ss_validation_split": "0.0",
+    "ss_max_validation_steps": "None",
+    "ss_validate_every_n_epochs": "None",
+    "ss_validate_every_n_steps": "None",
+    "ss_resize_interpolation": "None",
+    "ss_num_validation_images": "0",
+    "ss_sd_scripts_commit_hash": "(unknown)",
+}
+_MINIMUM = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the metadata tells beside the configuration."""
+
+    datasets: Sequence[DatasetConfig]
+    indexes: Sequence[ImageIndex]
+    batches_per_epoch: int
+    epochs: int
+    total_steps: int
+    network_dim: int
+    network_alpha: float
+    optimizer: str
+    """`module.Class(argument=value,...)`, as sd-scripts writes it."""
+    base_version: str
+    architecture: str
+    prediction: str
+
+
+def now() -> float:
+    """Seconds since 1970; SOURCE_DATE_EPOCH takes the clock's place where it is set (reproducible-builds.org)."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    return float(fixed) if fixed else time.time()
+
+
+def build_metadata(config: RunConfig, facts: RunFacts, base: Mapping[str, str], progress: Progress) -> dict[str, str]:
+    """The file's metadata after `progress.step` updates; `base` holds what `describe_base` said."""
+    entries: dict[str, Any] = {**_NOT_GIVEN, **_from_config(config), **_from_facts(facts)}
+    entries |= {
+        "ss_seed": progress.seed,
+        "ss_session_id": progress.session_id,
+        "ss_training_started_at": progress.started_at,
+        "ss_training_finished_at": now(),
+        "ss_steps": progress.step,
+        # Epochs begun: the same for a save at a step and one at an epoch's end, unlike sd-scripts.
+        "ss_epoch": progress.epoch + (1 if progress.index else 0),
+        **base,
+    }
+    if config.network.no_metadata:
+        entries = {key: entries[key] for key in _MINIMUM if key in entries}
+    metadata = {key: str(value) for key, value in entries.items()}
+    return metadata | _modelspec(config, facts)
+
+
+def describe_base(source: Path) -> dict[str, str]:
+    """Name and hashes of the base model's file; a folder has no hash."""
+    described = {"ss_sd_model_name": source.name}
+    if source.is_file():
+        with source.open("rb") as file:
+            file.seek(0x100000)
+            described["ss_sd_model_hash"] = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+        described["ss_new_sd_model_hash"] = sha256(source)
+    return described
+
+
+def _from_config(config: RunConfig) -> dict[str, Any]:
+    network, optimizer, training, dataset = config.network, config.optimizer, config.training, config.dataset
+    entries: dict[str, Any] = {
+        "ss_output_name": config.saving.output_name,
+        "ss_learning_rate": optimizer.learning_rate,
+        "ss_text_encoder_lr": network.text_encoder_lr,
+        "ss_unet_lr": network.unet_lr,
+        "ss_gradient_checkpointing": training.gradient_checkpointing,
+        "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "ss_lr_warmup_steps": optimizer.lr_warmup_steps,
+        "ss_lr_scheduler": optimizer.lr_scheduler,
+        "ss_network_module": network.network_module,
+        "ss_network_dropout": network.network_dropout,
+        "ss_mixed_precision": training.mixed_precision,
+        "ss_clip_skip": config.model.clip_skip,
+        "ss_max_token_length": config.model.max_token_length,
+        "ss_cache_latents": dataset.cache_latents,
+        "ss_training_comment": network.training_comment,
+        "ss_max_grad_norm": optimizer.max_grad_norm,
+        "ss_caption_dropout_rate": dataset.caption_dropout_rate,
+        "ss_caption_dropout_every_n_epochs": dataset.caption_dropout_every_n_epochs,
+        "ss_caption_tag_dropout_rate": dataset.caption_tag_dropout_rate,
+        "ss_prior_loss_weight": training.prior_loss_weight,
+    }
+    if network.network_args:
+        entries["ss_network_args"] = json.dumps(dict(network.network_args))
+    return entries
+
+
+def _from_facts(facts: RunFacts) -> dict[str, Any]:
+    frequency: dict[str, dict[str, int]] = {}
+    folders: dict[str, dict[str, int]] = {}
+    datasets = []
+    for dataset, index in zip(facts.datasets, facts.indexes, strict=True):
+        own = index.tag_frequency()
+        for folder, tags in own.items():
+            frequency[_unused(folder, frequency)] = tags
+        subsets = [_describe_subset(subset, index.image_count(place)) for place, subset in enumerate(dataset.subsets)]
+        for subset in subsets:
+            if not subset["is_reg"]:
+                name = _unused(subset["image_dir"], folders)
+                folders[name] = {"n_repeats": subset["num_repeats"], "img_count": subset["img_count"]}
+        datasets.append(
+            {
+                "is_dreambooth": True,
+                "batch_size_per_device": dataset.batch_size,
+                "num_train_images": index.num_train_images,
+                "num_reg_images": index.num_reg_images,
+                "resolution": list(dataset.resolution),
+                "enable_bucket": dataset.enable_bucket,
+                "min_bucket_reso": dataset.min_bucket_reso,
+                "max_bucket_reso": dataset.max_bucket_reso,
+                "tag_frequency": own,
+                "bucket_info": _bucket_info(index) if dataset.enable_bucket else None,
+                "resize_interpolation": None,
+                "subsets": subsets,
+            }
+        )
+    return {
+        "ss_num_train_images": sum(index.num_train_images for index in facts.indexes),
+        "ss_num_reg_images": sum(index.num_reg_images for index in facts.indexes),
+        "ss_num_batches_per_epoch": facts.batches_per_epoch,
+        "ss_num_epochs": facts.epochs,
+        "ss_max_train_steps": facts.total_steps,
+        "ss_network_dim": facts.network_dim,
+        "ss_network_alpha": facts.network_alpha,
+        "ss_optimizer": facts.optimizer,
+        "ss_base_model_version": facts.base_version,
+        "ss_datasets": json.dumps(datasets),
+        "ss_tag_frequency": json.dumps(frequency),
+        "ss_dataset_dirs": json.dumps(folders),
+    }
+
+
+def _unused(name: str, taken: Mapping[str, object]) -> str:
+    """`name`, or `name (2)` and so on where two folders share it."""
+    number, chosen = 2, name
+    while chosen in taken:
+        chosen, number = f"{name} ({number})", number + 1
+    return chosen
+
+
+def _describe_subset(subset: SubsetConfig, count: int) -> dict[str, Any]:
+    return {
+        "img_count": count,
+        "num_repeats": subset.num_repeats,
+        "color_aug": False,
+        "flip_aug": subset.flip_aug,
+        "random_crop": subset.random_crop,
+        "shuffle_caption": subset.shuffle_caption,
+        "keep_tokens": subset.keep_tokens,
+        "keep_tokens_separator": subset.keep_tokens_separator,
+        "secondary_separator": subset.secondary_separator,
+        "enable_wildcard": subset.enable_wildcard,
+        "caption_prefix": subset.caption_prefix,
+        "caption_suffix": subset.caption_suffix,
+        "resize_interpolation": None,
+        "image_dir": subset.image_dir.resolve().name,
+        "class_tokens": subset.class_tokens,
+        "is_reg": subset.is_reg,
+    }
+
+
+def _bucket_info(index: ImageIndex) -> dict[str, Any]:
+    counts = index.bucket_counts()
+    used = sorted((bucket, int(count)) for bucket, count in zip(index.buckets, counts, strict=True) if count)
+    buckets = {str(n): {"resolution": list(bucket), "count": count} for n, (bucket, count) in enumerate(used)}
+    return {"buckets": buckets, "mean_img_ar_error": index.mean_aspect_error}
+
+
+def _modelspec(config: RunConfig, facts: RunFacts) -> dict[str, str]:
+    """Stability AI's model metadata standard, version 1.0.1."""
+    given, moment = config.metadata, now()
+    if os.environ.get("SOURCE_DATE_EPOCH"):
+        date = datetime.fromtimestamp(moment, UTC).replace(tzinfo=None)
+    else:
+        date = datetime.fromtimestamp(moment)
+    width, height = max((dataset.resolution for dataset in facts.datasets), key=lambda size: size[0] * size[1])
+    title = given.metadata_title or config.saving.output_name or f"LoRA@{moment}"
+    entries = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{facts.architecture}/lora",
+        "implementation": "diffusers",
+        "implementation_version": f"sd_train/{__version__}",
+        "title": title,
+        "resolution": f"{width}x{height}",
+        "date": date.isoformat(timespec="seconds"),
+        "prediction_type": facts.prediction,
+        "encoder_layer": config.model.clip_skip,
+        "author": given.metadata_author,
+        "description": given.metadata_description,
+        "license": given.metadata_license,
+        "tags": given.metadata_tags,
+        "usage_hint": given.metadata_usage_hint,
+        "trigger_phrase": given.metadata_trigger_phrase,
+        "merged_from": given.metadata_merged_from,
+    }
+    return {f"modelspec.{key}": str(value) for key, value in entries.items() if value is not None}

@@ -1,0 +1,45 @@
+"""The denoising objective: predict what was added to the latents (Ho et al. 2020)."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from sd_train.device import Device
+from sd_train.diffusion.losses import mean_squared_error
+from sd_train.families.base import Family
+from sd_train.trainables.base import Trainable
+from sd_train.types import Batch
+
+
+class Denoise:
+    """Epsilon prediction with mean squared error."""
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, family: Family, trainable: Trainable, device: Device) -> None:
+        self.family, self.device = family, device
+        self._learns_text = any(trainable.trains(role) for role in family.networks if role != "unet")
+
+    def loss(self, batch: Batch) -> Tensor:
+        """[B]: each sample's loss, its weight applied."""
+        family, move = self.family, self.device.move
+        with self.device.autocast():
+            if batch.images is None:
+                assert batch.pixels is not None
+                images = family.encode_images(move(batch.pixels))
+            else:
+                images = {name: move(rows) for name, rows in batch.images.items()}
+            noise, timesteps = move(batch.noise), move(batch.timesteps)
+            latents = family.draw_latents(images, move(batch.latent_noise))
+            noisy = family.schedule.add_noise(latents, noise, timesteps)
+            with nullcontext() if self._learns_text else torch.no_grad():
+                texts = family.encode_texts(batch.captions)
+            conditioning = family.condition(texts, images, batch.geometry)
+            prediction = family.predict(noisy, timesteps, conditioning)
+        return mean_squared_error(prediction, noise) * move(batch.weight)
+
+    def after_step(self) -> None:
+        """Nothing is kept between updates."""

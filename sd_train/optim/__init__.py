@@ -1,0 +1,1 @@
+"""Registries of optimizers and learning-rate schedules; their names can be read without torch."""

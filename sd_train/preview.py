@@ -1,0 +1,183 @@
+"""Sample pictures while training, under sd-scripts' file names, without any trace in the training itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+
+from sd_train.errors import RunError
+from sd_train.families.base import Family
+from sd_train.files import write_whole
+from sd_train.prompts import Prompt
+from sd_train.randomness import derive
+from sd_train.report import Report
+from sd_train.samplers import LABELS, canonical_sampler, make_sampler
+from sd_train.types import Progress
+
+logger = logging.getLogger(__name__)
+
+Picture = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Weights(Protocol):
+    """Whoever owns the weights that are shown: EMA, schedule-free, dropout off."""
+
+    def for_inference(self) -> AbstractContextManager[object]:
+        """Inside, the modules compute what a saved file would."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Preview:
+    """Called after every update, and once before the first; draws the pictures when they are due.
+
+    When (sd-scripts' rule): with `every_n_epochs`, at the ends of the epochs that it divides, whatever `every_n_steps`
+    says; otherwise after every `every_n_steps` updates; with `at_first`, also before the first update of all.
+
+    A picture that fails is told of, and the training goes on.
+    """
+
+    family: Family
+    prompts: tuple[Prompt, ...]
+    sampler: str
+    """For prompts that name none."""
+    output_dir: Path
+    output_name: str | None
+    every_n_steps: int | None
+    every_n_epochs: int | None
+    at_first: bool
+    weights: Weights
+    report: Report
+    seed: int
+    """The run's: draws the seed of a prompt without one, so that a run can be repeated."""
+    is_main: bool = True
+    start_step: int = 0
+    """Updates that earlier runs of the training have done: their pictures are not drawn again."""
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    """The precision that the training computes in."""
+
+    def __post_init__(self) -> None:
+        self.sampler = canonical_sampler(self.sampler)
+
+    def __call__(self, progress: Progress) -> None:
+        """Draw every prompt if that is due at `progress`."""
+        mark = self.due(progress)
+        if mark is None or not self.is_main or not self.prompts:
+            return
+        failed: dict[str, str] = {}
+        with self.report.untimed(), self.weights.for_inference():
+            for index, prompt in enumerate(self.prompts):
+                try:
+                    self._show(index, prompt, mark, progress)
+                except Exception as problem:
+                    # A sample picture is worth less than the training: memory, disk, a sampler or a prompt that the
+                    # pipeline refuses must not end it, and their exceptions have no common class.
+                    failed[f"prompt {index}"] = f"{type(problem).__name__}: {problem}"
+        if failed:
+            first = next(iter(failed.values()))
+            names = ", ".join(failed)
+            logger.warning("step %d: no sample picture of %s (%s); the training goes on", progress.step, names, first)
+
+    def due(self, progress: Progress) -> str | None:
+        """How the pictures' names mark the moment (`e000002`: epochs, `000100`: updates); None: nothing is due."""
+        if progress.step == 0:
+            return f"e{progress.epoch:06d}" if self.at_first else None
+        if progress.step <= self.start_step:
+            return None
+        if self.every_n_epochs is not None and self.every_n_epochs > 0:
+            ended = progress.index == 0 and progress.epoch % self.every_n_epochs == 0
+            return f"e{progress.epoch:06d}" if ended else None
+        if self.every_n_steps is not None and self.every_n_steps > 0 and progress.step % self.every_n_steps == 0:
+            return f"{progress.step:06d}"
+        return None
+
+    def _show(self, index: int, prompt: Prompt, mark: str, progress: Progress) -> None:
+        """Draw one picture, save it and show it in TensorBoard."""
+        # 32 bits, so that the number can be given to any program that draws pictures.
+        drawn = derive(self.seed, "preview", progress.step, index) % 2**32
+        seed = drawn if prompt.seed is None else prompt.seed
+        picture = self.draw(prompt, seed)
+        name = "" if self.output_name is None else f"{self.output_name}_"
+        suffix = "" if prompt.seed is None else f"_{prompt.seed}"
+        moment = time.strftime("%Y%m%d%H%M%S")
+        path = Path(self.output_dir) / "sample" / f"{name}{mark}_{index:02d}_{moment}{suffix}.png"
+        about = PngInfo()
+        about.add_text("parameters", self._parameters(prompt, seed, progress))
+        write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG", pnginfo=about))
+        self.report.image(f"sample_{index}", picture, progress.step)
+
+    def draw(self, prompt: Prompt, seed: int) -> Picture:
+        """The picture of `prompt`, [height, width, 3]; call it inside `weights.for_inference()`.
+
+        The starting noise is drawn on the CPU, so that every device gives the same picture but for rounding.
+
+        Raises:
+            RunError: if the model gives values that are not finite.
+        """
+        sampler = make_sampler(prompt.sampler or self.sampler, self.family.prediction, prompt.steps)
+        pipeline: Any = self.family.pipeline(sampler)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(1, *self.family.latent.shape(prompt.width, prompt.height), generator=generator)
+        with torch.no_grad(), _evaluating([*self.family.networks.values(), pipeline.unet, pipeline.vae]):
+            with self.autocast():
+                states, negative = self.family.prompt_embeddings(prompt.text, prompt.negative)
+                latents: Tensor = pipeline(
+                    prompt_embeds=states,
+                    negative_prompt_embeds=negative,
+                    latents=noise.to(pipeline.unet.dtype),
+                    generator=generator,
+                    width=prompt.width,
+                    height=prompt.height,
+                    num_inference_steps=prompt.steps,
+                    guidance_scale=prompt.scale,
+                    output_type="latent",
+                ).images
+            # The autoencoder may be kept in another precision than the U-Net, which the pipeline does not see to.
+            pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / self.family.latent.scale).sample
+        if not torch.isfinite(pixels).all():
+            raise RunError("the picture holds values that are not finite; try --no_half_vae or a lower learning rate")
+        levels = (pixels[0].float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+        picture: Picture = levels.permute(1, 2, 0).cpu().numpy()
+        return picture
+
+    def _parameters(self, prompt: Prompt, seed: int, progress: Progress) -> str:
+        """How the picture came about, as A1111's web UI writes it into its own."""
+        settings: dict[str, object] = {
+            "Steps": prompt.steps,
+            "Sampler": LABELS[canonical_sampler(prompt.sampler or self.sampler)],
+            "CFG scale": f"{prompt.scale:g}",
+            "Seed": seed,
+            "Size": f"{prompt.width}x{prompt.height}",
+            "Training step": progress.step,
+            "Training epoch": progress.epoch,
+        }
+        if self.output_name is not None:
+            settings["Output name"] = json.dumps(self.output_name, ensure_ascii=False)
+        negative = f"Negative prompt: {prompt.negative}\n" if prompt.negative else ""
+        return f"{prompt.text}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in settings.items())
+
+
+@contextmanager
+def _evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Every module of `networks` in evaluation mode, and afterwards each in its own mode again."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,1 @@
+"""What learns: which parameters, and how they are saved."""

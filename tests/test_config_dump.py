@@ -1,0 +1,120 @@
+"""The resolved configuration as TOML and as JSON Schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from sd_train.commands.schema import main
+from sd_train.config.catalogue import Option, options
+from sd_train.config.dump import dump_toml
+from sd_train.config.options import GROUPS, RunConfig
+from sd_train.config.parser import load_run_config
+from sd_train.config.schema import run_json_schema
+from sd_train.errors import ConfigError
+
+RULED = {  # options that rules between options or the file system restrict
+    "network_args", "network_train_unet_only", "network_train_text_encoder_only", "unet_lr", "text_encoder_lr",
+    "lr_scheduler", "lr_warmup_steps", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first",
+    "sample_prompts", "log_with", "dataset_config", "network_weights", "resume", "output_name",
+    "output_dir", "logging_dir",
+}  # fmt: skip
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+ARGUMENTS = st.dictionaries(
+    st.sampled_from(["betas", "eps", "weight_decay", "mode"]),
+    st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXT, st.none())
+    | st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+SPECIAL: dict[str, st.SearchStrategy[Any]] = {
+    "optimizer_args": ARGUMENTS,
+    "resolution": st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
+    "lr_warmup_steps": st.integers(0, 10**6) | st.floats(1e-6, 0.999),
+    "lr_scheduler": st.just("linear"),
+    "text_encoder_lr": st.floats(0, 1),
+    "unet_lr": st.floats(1e-9, 1),
+    "console_log_file": st.just(Path("a b\\'c\".log")),
+}
+
+
+def strategy(option: Option) -> st.SearchStrategy[Any]:
+    if option.name in SPECIAL:
+        return SPECIAL[option.name]
+    if option.choices:
+        return st.sampled_from(option.choices)
+    number: dict[str, st.SearchStrategy[Any]] = {
+        "int": st.integers(1, 2**31),
+        "float": st.floats(1e-9, 0.99),
+        "flag": st.booleans(),
+        "text": TEXT,
+    }
+    return number[option.kind]
+
+
+CHANGES = st.fixed_dictionaries(
+    {}, optional={name: strategy(option) for name, option in options().items() if name not in RULED or name in SPECIAL}
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=CHANGES)
+def test_dumped_text_resolves_to_an_equal_config(
+    changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "dataset.toml").write_text("", encoding="utf-8")
+    required = {
+        "pretrained_model_name_or_path": "models/ä \t\x7f.safetensors",
+        "dataset_config": folder / "dataset.toml",
+        "output_dir": folder / "out",
+    }
+    if changes.get("lr_warmup_steps"):
+        changes["lr_scheduler"] = "linear"
+    values = required | changes
+    groups: dict[str, Any] = {
+        group: model.model_validate({name: values[name] for name in model.model_fields if name in values})
+        for group, model in GROUPS.items()
+    }
+    config = RunConfig(command="train_network", origins={}, **groups)
+    text = dump_toml(config)
+    assert all(f"\n# {group}\n" in text for group in GROUPS if group != "metadata")
+    (folder / "again.toml").write_text(text, encoding="utf-8", newline="\n")
+    assert load_run_config("train_network", ["--config_file", str(folder / "again.toml")]).config == config
+
+
+def test_models_are_frozen_and_forbid_unknown_names() -> None:
+    training = GROUPS["training"].model_validate({"seed": 3})
+    with pytest.raises(ValidationError, match="frozen"):
+        training.seed = 4
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        GROUPS["training"].model_validate({"sede": 3})
+
+
+def test_schema_describes_every_option() -> None:
+    schema = run_json_schema()
+    for name, option in options().items():
+        entry = schema["properties"][name]
+        assert entry["description"]
+        if option.default not in (None, {}):
+            assert entry["default"] == option.default
+        if len(option.choices) > 1:
+            assert set(entry["enum"]) == set(option.choices)
+    assert schema["properties"]["max_train_steps"]["minimum"] == 1
+    assert schema["properties"]["xformers"]["deprecated"] is True
+    assert "min_snr_gamma" not in schema["properties"]
+    section = schema["additionalProperties"]
+    assert section["additionalProperties"] is False
+    assert set(section["properties"]) == set(schema["properties"])
+    assert "null" not in json.dumps(schema)
+
+
+def test_schema_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run"]) == 0
+    assert json.loads(capsys.readouterr().out) == run_json_schema()
+    with pytest.raises(ConfigError, match="sd-train schema run"):
+        main(["runs"])

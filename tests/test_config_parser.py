@@ -1,0 +1,255 @@
+"""Command line and configuration file: precedence, origins, and every problem in one message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sd_train.config.parser import LoadedConfig, load_run_config
+from sd_train.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a dataset file, which is all that a minimal command line needs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset.toml").write_text("", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8")
+    return tmp_path
+
+
+def load(*words: str) -> LoadedConfig:
+    required = ["--pretrained_model_name_or_path", "model", "--dataset_config", "dataset.toml", "--output_dir", "out"]
+    return load_run_config("train_network", [*required, *words])
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*words)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("folder")
+class TestCommandLine:
+    def test_values_get_the_types_of_their_options(self) -> None:
+        config = load(
+            *words("--max_train_steps 12 --learning_rate 1e-4 --cache_latents --resolution 512,768"),
+            *words("--optimizer_args weight_decay=0.01 betas=.9,.999 decouple=True mode=fast --lr_scheduler cosine"),
+            *words("--lr_warmup_steps 10% --text_encoder_lr 5e-5 --max_token_length 150 --mixed_precision=bf16"),
+        ).config
+        assert config.training.max_train_steps == 12
+        assert config.optimizer.learning_rate == 1e-4
+        assert config.dataset.cache_latents is True
+        assert config.dataset.resolution == (512, 768)
+        assert config.training.mixed_precision == "bf16"
+        expected = {"weight_decay": 0.01, "betas": (0.9, 0.999), "decouple": True, "mode": "fast"}
+        assert config.optimizer.optimizer_args == expected
+        assert config.optimizer.lr_warmup_steps == 0.1
+        assert config.network.text_encoder_lr == 5e-5
+        assert config.model.max_token_length == 150
+        assert config.saving.output_dir == Path("out")
+
+    def test_all_problems_come_out_at_once(self) -> None:
+        message = refused(
+            *words("--max_train_stpes 3 --max_train 3 --seed abc --train_batch_size 0 --mixed_precision fp61"),
+            *words("--v2 --deepspeed --sample_every_n_steps 5 --output_name --cache_latents yes"),
+            *words("--network_args conv_dim=4"),
+        )
+        for expected in (
+            "--max_train_stpes = '3': is no option; did you mean max_train_steps?",
+            "names are not shortened: write max_train_steps or max_train_epochs",
+            "--seed = 'abc': must be a whole number",
+            "--train_batch_size = '0': must be a whole number >= 1",
+            "did you mean fp16?",
+            "--v2 = True: is not yet supported",
+            "--deepspeed = True: is refused; use mixed_precision",
+            "--sample_every_n_steps: there are no prompts",
+            "--output_name: needs a value",
+            "--cache_latents = 'yes': is a switch",
+            "conv_dim: not yet supported",
+        ):
+            assert expected in message
+        assert message.startswith("11 problems:")
+
+    def test_missing_required_options_name_the_way_out(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            load_run_config("train_network", [])
+        message = str(caught.value)
+        assert "--output_dir: is required" in message
+        assert "--pretrained_model_name_or_path: is required" in message
+        assert "folders by --train_data_dir are not yet supported" in message
+
+    def test_last_of_two_equal_flags_counts_and_words_without_flag_are_refused(self) -> None:
+        assert load("--seed", "1", "--seed", "2").config.training.seed == 2
+        with pytest.raises(ConfigError, match="stands before the first option"):
+            load_run_config("train_network", ["stray"])
+        assert "takes one value and got 2" in refused("--output_name", "a", "b")
+
+    @pytest.mark.parametrize("text", ["1.0", "1.5", "-1", "100%", "150%", "many", "nan"])
+    def test_warmup_that_is_neither_steps_nor_share(self, text: str) -> None:
+        assert "--lr_warmup_steps" in refused("--lr_scheduler", "linear", "--lr_warmup_steps", text)
+
+    @pytest.mark.parametrize(("text", "value"), [("100", 100), ("0", 0), ("0.5", 0.5), ("5%", 0.05), ("1", 1)])
+    def test_warmup(self, text: str, value: float) -> None:
+        warmup = load("--lr_scheduler", "linear", "--lr_warmup_steps", text).config.optimizer.lr_warmup_steps
+        assert warmup == value
+        assert isinstance(warmup, int) == (value == int(value))
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            ("--optimizer_args weight_decay", "'weight_decay' is not name=value"),
+            ("--optimizer_args a=1 a=2", "a is given twice"),
+            ("--network_args foo=1", "foo: unknown to networks.lora"),
+            ("--text_encoder_lr 1e-4 1e-5", "takes one rate"),
+            ("--resolution 512x512", 'write "512" for a square'),
+            ("--resolution 512,0", "--resolution"),
+            ("--learning_rate nan", "--learning_rate"),
+            ("--learning_rate -1", "must be a number >= 0"),
+            ("--save_model_as ckpt", "is not yet supported; write safetensors"),
+            ("--log_with wandb --logging_dir logs", "is not yet supported; write tensorboard"),
+            ("--network_module lycoris.kohya", "is not yet supported; write networks.lora"),
+            ("--max_train_steps 0", "must be a whole number >= 1"),
+        ],
+    )
+    def test_bad_values(self, words: str, expected: str) -> None:
+        assert expected in refused(*words.split())
+
+
+class TestConfigFile:
+    def test_command_line_then_file_then_default_with_origins(self, folder: Path) -> None:
+        text = '\ufeff[a]\r\nmax_train_steps = 800\r\nseed = "7"\r\n[b]\r\ncache_latents = true\r\nflip_aug = true\r\n'
+        (folder / "run.toml").write_bytes(text.encode())
+        config = load("--config_file", "run", "--max_train_steps", "5", "--no_flip_aug").config
+        assert (config.training.max_train_steps, config.training.seed) == (5, 7)
+        assert (config.dataset.cache_latents, config.dataset.flip_aug) == (True, False)
+        assert config.origins["max_train_steps"] == "--max_train_steps"
+        assert config.origins["seed"] == "run.toml:3"
+        assert config.origins["flip_aug"] == "--no_flip_aug"
+        assert config.origins["learning_rate"] == "default"
+
+    def test_problems_name_file_and_line(self, folder: Path) -> None:
+        (folder / "run.toml").write_text(
+            "seed = true\nlerning_rate = 1\n[x]\nseed = 3\nmax_train_steps = 1.5\n[y]\nresolution = 512\n"
+            'output_name = 3\ncache_latents = "true"\nxformers = "true"\noptimizer_args = {a=1}\n'
+            "[[datasets]]\nresolution = 512\n",
+            encoding="utf-8",
+        )
+        message = refused("--config_file", "run.toml")
+        assert "run.toml:1: seed = True: must be a whole number" in message
+        assert "run.toml:2: lerning_rate = 1: is no option; did you mean learning_rate?" in message
+        assert "run.toml:4: x.seed = 3: stands in line 1 too" in message
+        assert "run.toml:5: max_train_steps = 1.5: must be a whole number" in message
+        assert "run.toml:8: output_name = 3: must be text in quotes" in message
+        assert "run.toml:9: cache_latents = 'true': must be true or false" in message
+        assert "run.toml:10: xformers = 'true': must be true or false" in message
+        assert 'write a list of texts: optimizer_args = ["name=value"]' in message
+        assert "dataset_config = 'dataset.toml'" in message
+        assert message.startswith("9 problems:")
+
+    @pytest.mark.parametrize("text", ["optimizer_args = {eps=1}", "[optimizer_args]\neps = 1"])
+    def test_a_table_of_arguments_is_answered_with_the_list(self, folder: Path, text: str) -> None:
+        (folder / "run.toml").write_text(text, encoding="utf-8")
+        assert 'write a list of texts: optimizer_args = ["eps=1"]' in refused("--config_file", "run.toml")
+
+    def test_unset_on_the_command_line_takes_back_what_the_file_says(self, folder: Path) -> None:
+        (folder / "run.toml").write_text('max_train_epochs = 3\noutput_name = "a"\nunet_lr = 1e-4\n', encoding="utf-8")
+        words = ["--config_file", "run.toml", "--max_train_epochs", "0", "--output_name", "", "--unet_lr", "0"]
+        config = load(*words).config
+        assert config.training.max_train_epochs is None
+        assert config.saving.output_name is None
+        assert config.network.unet_lr == 0, "0 is a rate, not 'unset'"
+
+    def test_missing_file(self, folder: Path) -> None:
+        assert "nothing.toml: there is no such file" in refused("--config_file", "nothing")
+
+    def test_output_config_writes_what_is_no_default_and_never_overwrites(self, folder: Path) -> None:
+        words = ["--config_file", "new", "--output_config", "--seed", "3", "--max_train_steps", "1600"]
+        with pytest.raises(SystemExit) as caught:
+            load(*words)
+        assert caught.value.code == 0
+        written = (folder / "new.toml").read_text(encoding="utf-8")
+        assert "seed = 3" in written
+        assert "max_train_steps" not in written
+        assert load_run_config("train_network", ["--config_file", "new"]).config == load("--seed", "3").config
+        assert "exists already" in refused(*words)
+        assert "needs a path" in refused("--output_config")
+
+
+@pytest.mark.usefixtures("folder")
+class TestRules:
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            ("--network_train_unet_only --network_train_text_encoder_only", "exclude each other"),
+            ("--unet_lr 0 --text_encoder_lr 0", "--unet_lr and --text_encoder_lr: nothing would be trained"),
+            ("--network_train_unet_only --unet_lr 0", "nothing would be trained"),
+            ("--network_train_text_encoder_only --text_encoder_lr 0", "nothing would be trained"),
+            ("--lr_warmup_steps 10", "constant_with_warmup"),
+            ("--log_with tensorboard", "give one as logging_dir"),
+            ("--sample_at_first", "there are no prompts"),
+            ("--sample_prompts none.txt --sample_at_first", "there is no such file"),
+            ("--network_weights none.safetensors", "there is no such file"),
+            ("--resume none", "there is no such folder"),
+            ("--output_name a/b", "give the folder as output_dir"),
+            ("--logging_dir prompts.txt", "is a file"),
+            ("--use_8bit_adam --optimizer_type Lion", "stands for optimizer_type = AdamW8bit"),
+            ("--use_8bit_adam --use_lion_optimizer", "remove one of the two"),
+        ],
+    )
+    def test_refused(self, words: str, expected: str) -> None:
+        assert expected in refused(*words.split())
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            ("--max_train_epochs 2 --max_train_steps 10", "--max_train_steps has no effect"),
+            ("--max_train_epochs 2 --max_train_steps 0", None),
+            ("--sample_prompts prompts.txt", "--sample_prompts has no effect"),
+            ("--sample_prompts prompts.txt --sample_every_n_steps 5", None),
+            ("--network_train_unet_only --text_encoder_lr 1e-4", "--text_encoder_lr has no effect"),
+            ("--log_prefix a", "--log_prefix has no effect"),
+            ("--learning_rate 0", "nothing is learned"),
+            ("--learning_rate 0 --unet_lr 1e-4", None),
+            ("--unet_lr 0", None),
+            ("--train_data_dir photos", "it is ignored because dataset_config is given"),
+        ],
+    )
+    def test_warned_or_accepted(self, words: str, expected: str | None) -> None:
+        warnings = load(*words.split()).warnings
+        assert [expected in warning for warning in warnings] == [True] if expected else warnings == ()
+
+    def test_shorthand_and_other_spelling(self) -> None:
+        config = load("--use_lion_optimizer", "--caption_extention", ".txt").config
+        assert config.optimizer.optimizer_type == "Lion"
+        assert config.dataset.caption_extension == ".txt"
+
+
+def test_help_lists_every_option_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom sd_train.config.parser import load_run_config\n"
+        "try:\n    load_run_config('train_network', ['--help'])\n"
+        "finally:\n    heavy = {'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "    print('heavy:', sorted(heavy))\n"
+    )
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "heavy: []" in done.stdout
+    for expected in ("training: ", "--max_train_steps N", "[default: 1600]", "not yet supported", "{no,fp16,bf16}"):
+        assert expected in done.stdout
+    assert "--min_snr_gamma" not in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_run_config("train_network", ["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("sd_train ")
