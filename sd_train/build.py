@@ -11,7 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sd_train.checkpoint import Checkpoint, Extra, FileNames, Intervals, StateParts, find_state, load_state, read_progress
+from sd_train.checkpoint import (
+    Checkpoint,
+    Extra,
+    FileNames,
+    Intervals,
+    StateParts,
+    find_state,
+    load_state,
+    read_progress,
+)
 from sd_train.config.dump import dump_toml
 from sd_train.config.options import RunConfig
 from sd_train.data.batches import BatchSettings, Updates
@@ -31,7 +40,7 @@ from sd_train.metadata import RunFacts, build_metadata, describe_base, now
 from sd_train.objectives.denoise import Denoise
 from sd_train.optim.optimizers import find_optimizer, make_optimizer
 from sd_train.optim.schedules import make_schedule
-from sd_train.plan import Plan, describe, describe_batches, learning_rates, make_plan
+from sd_train.plan import Plan, describe, describe_batches, make_plan
 from sd_train.preview import Preview
 from sd_train.prompts import load_prompts
 from sd_train.randomness import derive
@@ -75,7 +84,6 @@ def prepare(config: RunConfig) -> Prepared:
     """
     names = FileNames(config.saving.output_dir, config.saving.output_name)
     find_optimizer(config.optimizer.optimizer_type)
-    learning_rates(config)
     resume = find_state(config.saving.resume, names) if config.saving.resume else None
     existing = names.existing()
     if existing and not resume and not config.saving.overwrite and not config.dataset.debug_dataset:
@@ -231,9 +239,11 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     family, digest = _load_family(prepared)
     lora = _make_lora(prepared, family)
     groups = lora.groups()
+    # torch refuses an optimizer without parameters, which a control run with rate 0 has.
+    empty = [{"params": [torch.nn.Parameter(torch.zeros(0))], "lr": 0.0}]
     optimizer = make_optimizer(
         config.optimizer.optimizer_type,
-        [{"params": list(group.params.values()), "lr": group.lr} for group in groups],
+        [{"params": list(group.params.values()), "lr": group.lr} for group in groups] or empty,
         config.optimizer.optimizer_args,
     )
     params = [parameter for group in groups for parameter in group.params.values()]

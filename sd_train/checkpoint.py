@@ -76,9 +76,9 @@ class Intervals:
         if self.every_n_steps and progress.step % self.every_n_steps == 0:
             stems.append(names.at_step(progress.step))
         at_epoch_end = progress.index == 0 and progress.step > 0
-        if self.every_n_epochs and at_epoch_end and progress.epoch % self.every_n_epochs == 0:
-            if progress.epoch < end_epoch:
-                stems.append(names.at_epoch(progress.epoch))
+        due = self.every_n_epochs and at_epoch_end and progress.epoch % self.every_n_epochs == 0
+        if due and progress.epoch < end_epoch:
+            stems.append(names.at_epoch(progress.epoch))
         return stems
 
 
@@ -164,7 +164,8 @@ def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
     def fill(folder: Path) -> None:
         trainable = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.trainable.tensors().items()}
         save_file(trainable, folder / "trainable.safetensors")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "optimizer.safetensors")
+        moved = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(moved, folder / "optimizer.safetensors")
         texts = {
             "optimizer.json": json.dumps(plain),
             "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),

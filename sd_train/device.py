@@ -126,7 +126,7 @@ class Updater:
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Set the learning rate of each group, in order."""
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=bool(self.params)):
             group["lr"] = rate
 
     def figures(self) -> dict[str, float | Tensor]:
@@ -141,6 +141,8 @@ class Updater:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a scalar."""
+        if not self.params:
+            return
         scaled = loss if self.scaler is None else loss * self.scaler.scale
         torch.autograd.backward(scaled)
 
@@ -148,6 +150,8 @@ class Updater:
         """Take one optimizer step; returns the gradients' norm before clipping, on the device."""
         if self.device.world > 1:
             reduce_gradients(self.params)
+        if not self.params:
+            return torch.zeros((), device=self.device.device)
         gradients = [parameter.grad for parameter in self.params if parameter.grad is not None]
         if self.scaler is not None:
             torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)

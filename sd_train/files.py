@@ -30,6 +30,18 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _share(path: Path) -> None:
+    # safetensors makes files that only their owner can read; web UIs often run as another user.
+    if os.name == "posix":
+        path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there in one step.
 
@@ -40,6 +52,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        _share(temporary)
         _sync_file(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
@@ -51,7 +64,11 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with plain newlines, whole or not at all."""
-    write_whole(path, lambda temporary: temporary.write_bytes(text.encode()) and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode())
+
+    write_whole(path, write)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -94,6 +111,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir()
         fill(temporary)
         for file in temporary.iterdir():
+            _share(file)
             _sync_file(file)
         _sync_folder(temporary)
         if path.exists():

@@ -12,7 +12,7 @@ class Guard:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._before: dict[signal.Signals, signal.Handlers | Callable[[int, FrameType | None], object] | int | None] = {}
+        self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
         self.stop_requested = False
 
     def __enter__(self) -> Guard:

@@ -51,7 +51,14 @@ _NOT_GIVEN = {
     "ss_num_validation_images": "0",
     "ss_sd_scripts_commit_hash": "(unknown)",
 }
-_MINIMUM = ("ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args")
+_MINIMUM = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from sd_train.config.options import RunConfig
 from sd_train.data.batches import Updates
 from sd_train.data.index import ImageIndex
 from sd_train.data.settings import DatasetConfig
-from sd_train.errors import ConfigError
 from sd_train.types import Progress
 
 
@@ -34,21 +33,14 @@ class Plan:
 
 
 def learning_rates(config: RunConfig) -> dict[str, float]:
-    """The rate of each network role; one that is left out or has rate 0 is missing.
-
-    Raises:
-        ConfigError: if nothing is left to train.
-    """
+    """The rate of each network role; one that is left out or has rate 0 is missing."""
     network, base = config.network, config.optimizer.learning_rate
     rates: dict[str, float] = {}
     if not network.network_train_text_encoder_only:
         rates["unet"] = base if network.unet_lr is None else network.unet_lr
     if not network.network_train_unet_only:
         rates["text_encoder"] = base if network.text_encoder_lr is None else network.text_encoder_lr
-    rates = {role: rate for role, rate in rates.items() if rate > 0}
-    if not rates:
-        raise ConfigError("--learning_rate, --unet_lr, --text_encoder_lr = 0: nothing would learn; give a rate above 0")
-    return rates
+    return {role: rate for role, rate in rates.items() if rate > 0}
 
 
 def make_plan(
@@ -88,7 +80,8 @@ def describe(plan: Plan, config: RunConfig) -> str:
         f"{plan.updates_per_epoch} updates (accumulation {accumulated})"
     )
     lines.append(f"training: {plan.total_steps} updates, {plan.epochs} epochs begun")
-    lines.append("learning rates: " + ", ".join(f"{role} {rate:g}" for role, rate in plan.rates.items()))
+    rates = ", ".join(f"{role} {rate:g}" for role, rate in plan.rates.items())
+    lines.append(f"learning rates: {rates or 'none above 0, nothing learns: a control run'}")
     return "\n".join(lines)
 
 
@@ -106,16 +99,17 @@ def describe_batches(updates: Updates, plan: Plan, count: int = 8) -> str:
         for batch in update.batches:
             assert batch.pixels is not None
             height, width = batch.pixels.shape[2:]
-            lines.append(f"update {update.step + 1}, batch {batch.micro + 1} of its {updates.per_update}: {width}x{height}")
-            for place, key in enumerate(batch.keys):
-                geometry = batch.geometry[place]
+            place = f"update {update.step + 1}, batch {batch.micro + 1} of its {updates.per_update}"
+            lines.append(f"{place}: {width}x{height}")
+            for sample, key in enumerate(batch.keys):
+                geometry = batch.geometry[sample]
                 original = f"{geometry.original[1]}x{geometry.original[0]}"
                 flipped = ", flipped" if geometry.flipped else ""
                 lines.append(
                     f"  {key}: {original}, crop left {geometry.crop[1]} top {geometry.crop[0]}{flipped}, "
-                    f"weight {float(batch.weight[place]):g}, timestep {int(batch.timesteps[place])}"
+                    f"weight {float(batch.weight[sample]):g}, timestep {int(batch.timesteps[sample])}"
                 )
-                lines.append(f"    caption: {batch.captions[place]!r}")
+                lines.append(f"    caption: {batch.captions[sample]!r}")
             shown += 1
             if shown == count:
                 return "\n".join(lines)

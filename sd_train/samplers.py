@@ -8,6 +8,7 @@ to [-1, 1]; latents have a standard deviation of about one, so a third of them w
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -48,32 +49,27 @@ LABELS = {
 """What A1111's web UI calls each."""
 
 
-class ExactLMSScheduler(LMSDiscreteScheduler):
-    """Linear multistep, with its coefficients integrated exactly instead of by scipy's adaptive quadrature."""
+def lms_coefficient(sigmas: Sequence[float], order: int, t: int, past: int) -> float:
+    """Weight of the derivative `past` steps ago in step `t` of the linear multistep method of `order` (1 to 4).
 
-    def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
-        """Integral over [sigma_t, sigma_t+1] of the Lagrange polynomial that is 1 at sigma_(t - current_order).
-
-        The polynomial's degree is at most 3, which two Gauss-Legendre points integrate exactly.
-        """
-        sigmas = [float(sigma) for sigma in self.sigmas[t - order + 1 : t + 2]]
-        # sigmas[order - 1 - k] is sigma_(t - k).
-        middle, half = (sigmas[-1] + sigmas[-2]) / 2, (sigmas[-1] - sigmas[-2]) / 2
-        integral = 0.0
-        for point, weight in zip(*np.polynomial.legendre.leggauss(2), strict=True):
-            value = float(weight) * half
-            for k in range(order):
-                if k != current_order:
-                    here, there = sigmas[order - 1 - k], sigmas[order - 1 - current_order]
-                    value *= (middle + half * float(point) - here) / (there - here)
-            integral += value
-        return integral
+    The integral over [sigmas[t], sigmas[t + 1]] of the Lagrange polynomial that is 1 at sigmas[t - past] and 0 at the
+    other `order` - 1 last sigmas. Its degree is at most 3, which two Gauss-Legendre points integrate exactly.
+    """
+    middle, half = (sigmas[t + 1] + sigmas[t]) / 2, (sigmas[t + 1] - sigmas[t]) / 2
+    integral = 0.0
+    for point in (-(3**-0.5), 3**-0.5):
+        value = half
+        for other in range(order):
+            if other != past:
+                value *= (middle + half * point - sigmas[t - other]) / (sigmas[t - past] - sigmas[t - other])
+        integral += value
+    return integral
 
 
 _CLASSES: dict[str, Any] = {
     "ddim": DDIMScheduler,
     "pndm": PNDMScheduler,
-    "lms": ExactLMSScheduler,
+    "lms": LMSDiscreteScheduler,
     "euler": EulerDiscreteScheduler,
     "euler_a": EulerAncestralDiscreteScheduler,
     "heun": HeunDiscreteScheduler,
@@ -130,8 +126,15 @@ def make_sampler(
     with warnings.catch_warnings():
         # diffusers advises against the algorithm "dpmsolver", which the user has chosen by name.
         warnings.simplefilter("ignore", FutureWarning)
-        scheduler: SchedulerMixin = _CLASSES[name](**settings)
-    return scheduler
+        scheduler = _CLASSES[name](**settings)
+    if name == "lms":
+        # diffusers' own needs scipy, whose adaptive quadrature is slower and less exact.
+        def coefficient(order: int, t: int, past: int) -> float:
+            return lms_coefficient(scheduler.sigmas.tolist(), order, t, past)
+
+        scheduler.get_lms_coefficient = coefficient
+    made: SchedulerMixin = scheduler
+    return made
 
 
 def _spacing(steps: int) -> Literal["leading", "trailing"]:

@@ -51,6 +51,7 @@ LAYERS: dict[str, int] = {
     "train_db.py": 7,
     "train_network.py": 7,
     "train_textual_inversion.py": 7,
+    "entry.py": 7,
     "__main__.py": 7,
     "commands/*": 7,
     "prepare/*": 7,

@@ -51,14 +51,14 @@ def test_kept_parts_are_joined_when_nothing_shuffles() -> None:
 
 @given(st.text(alphabet="ab,| {}\n;"), st.booleans(), st.integers(0, 3), st.integers(0, 9))
 def test_separator_never_stays_and_no_tag_is_invented(caption: str, shuffle: bool, keep: int, seed: int) -> None:
-    options = {"shuffle_caption": shuffle, "keep_tokens": keep, "keep_tokens_separator": "||"}
+    options: dict[str, Any] = {"shuffle_caption": shuffle, "keep_tokens": keep, "keep_tokens_separator": "||"}
     result = prompt(caption, seed, **options)
     assert "||" not in result
     assert not Counter(result.replace(",", "").replace(" ", "")) - Counter(caption)
 
 
 def test_prefix_and_suffix_go_onto_the_chosen_line() -> None:
-    options = {"enable_wildcard": True, "caption_prefix": "PRE", "caption_suffix": "{s|t}"}
+    options: dict[str, Any] = {"enable_wildcard": True, "caption_prefix": "PRE", "caption_suffix": "{s|t}"}
     results = {prompt("one\ntwo\nthree", seed, **options) for seed in range(100)}
     assert results == {f"PRE {line} {end}" for line in ("one", "two", "three") for end in "st"}
 

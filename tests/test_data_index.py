@@ -52,7 +52,8 @@ def test_records_columns_and_counts(tmp_path: Path) -> None:
     put(tmp_path / "one", "a.png", (300, 100), "Red, blue,red")
     put(tmp_path / "one", "b.png", (64, 64), "blue")
     put(tmp_path / "two", "a.png", (100, 300))
-    options = {"enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 256, "resolution": (128, 128)}
+    options: dict[str, Any] = {"enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 256}
+    options["resolution"] = (128, 128)
     found = index(subset(tmp_path / "one", num_repeats=3), subset(tmp_path / "two", class_tokens="dog"), **options)
     assert len(found) == 3
     record = found.record(0)

@@ -24,7 +24,7 @@ from sd_train.families.base import LatentSpec
 from sd_train.preview import Preview
 from sd_train.prompts import CANONICAL_SAMPLERS, SAMPLER_ALIASES, SAMPLER_NAMES, Prompt
 from sd_train.report import Report
-from sd_train.samplers import LABELS, ExactLMSScheduler, canonical_sampler, make_sampler
+from sd_train.samplers import LABELS, canonical_sampler, make_sampler
 from sd_train.types import Progress
 
 # The training noise schedule, computed here once more: sqrt(beta) goes evenly from sqrt(0.00085) to sqrt(0.012).
@@ -93,7 +93,7 @@ def test_every_name_has_a_sampler_and_a_label() -> None:
 
 
 def test_lms_coefficients_are_the_integrals() -> None:
-    sampler = ExactLMSScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    sampler: Any = make_sampler("lms", "epsilon")
     sampler.set_timesteps(10)
     sigmas = sampler.sigmas.double().numpy()
     for t, order in ((0, 1), (1, 2), (5, 4), (9, 4)):
@@ -381,3 +381,17 @@ def test_one_rank_draws_and_names_are_checked(family: TinyFamily, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="ddim"):
         make(family, tmp_path, sampler="plms")
+
+
+@pytest.mark.parametrize("network", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decoder", [torch.float32, torch.bfloat16])
+def test_mixed_precision(tmp_path: Path, network: torch.dtype, decoder: torch.dtype) -> None:
+    """U-Net, text encoder and autoencoder may be kept in different precisions, as in training."""
+    family = TinyFamily()
+    reference = make(family, tmp_path).draw(PROMPTS[0], 7)
+    family.unet.to(network)
+    family.vae.to(decoder)
+    preview = make(family, tmp_path, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    difference = np.abs(preview.draw(PROMPTS[0], 7).astype(int) - reference)
+    assert 0 < difference.mean() < 8
+    assert not torch.is_autocast_enabled("cpu")

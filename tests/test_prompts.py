@@ -32,6 +32,7 @@ REFUSED = {
 }
 """Lines of which sd-scripts drops a part without a word, or that ask for a ControlNet."""
 
+
 def test_lines_mean_what_they_mean_to_sd_scripts() -> None:
     compared = 0
     for line, golden in GOLDEN["lines"]:

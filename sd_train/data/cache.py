@@ -32,7 +32,7 @@ class MemoryCache:
         indexes: Sequence[ImageIndex],
         encode: Encode,
         batch_size: int,
-        progress: Callable[[int], None],
+        progress: Callable[[int], object],
     ) -> None:
         """Encode every picture of `indexes`, `batch_size` of one bucket at a time.
 

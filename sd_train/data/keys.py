@@ -42,7 +42,9 @@ _Count = Annotated[int, Field(ge=0)]
 
 
 class _Keys(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class SubsetKeys(_Keys):

@@ -26,6 +26,7 @@ _RULES = {
     "model_type": "must be a table",
     "tuple_type": "must be a list of numbers",
     "missing": "is required",
+    "finite_number": "must be a finite number",
     "string_too_short": "must not be empty",
 }
 _HEADERS = {"datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]", "general": "[general]"}
@@ -101,7 +102,7 @@ def _note(source: TomlFile, key: Key, error: ErrorDetails, problems: Problems) -
     else:
         rule = _RULES.get(kind, error["msg"])
     value = None if kind == "missing" or isinstance(error["input"], dict) else error["input"]
-    name = str(key[-1])
+    name = next(part for part in reversed(key) if isinstance(part, str))
     if name in _HEADERS:
         brackets = f"write {_HEADERS[name]} above its keys"
         problems.add(where, None, rule, brackets + (", in double brackets" if name != "general" else ""))

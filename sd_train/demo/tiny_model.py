@@ -48,6 +48,7 @@ def save_tiny_model(path: Path, seed: int) -> None:
 
     model = make_tiny_model(seed)
     if path.suffix == ".safetensors":
+        model.vae.half()
         model.to(torch.device("cpu"), torch.float16).save(path, {})
         return
     pipeline = StableDiffusionPipeline(

@@ -34,7 +34,7 @@ class NoiseSchedule:
         return NoiseSchedule(self.alphas_cumprod.to(device))
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; [B, ...], [B, ...], [B] -> [B, ...] (Ho et al. 2020, eq. 4)."""
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; [B, ...] twice, [B] -> [B, ...] (Ho et al. 2020, eq. 4)."""
         abar = self.alphas_cumprod[timesteps].view(-1, *[1] * (x0.dim() - 1))
         return abar.sqrt() * x0 + (1.0 - abar).sqrt() * noise
 

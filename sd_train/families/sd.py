@@ -74,16 +74,18 @@ class StableDiffusion1:
         self.chunks = (max_token_length or CHUNK) // CHUNK
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StableDiffusion1:
-        """Move every network to `device` in `dtype`."""
-        for network in (self.unet, self.vae, self.text_encoder):
-            network.to(device=device, dtype=dtype)
+        """Move every network to `device`, U-Net and text encoder in `dtype`; the VAE stays float32."""
+        self.unet.to(device=device, dtype=dtype)
+        self.text_encoder.to(device=device, dtype=dtype)
+        self.vae.to(device=device)
         self.schedule = self.schedule.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        return self.unet.device
+        device: torch.device = self.unet.device
+        return device
 
     def lora_targets(self, role: str) -> list[LoraTarget]:
         """What gets a LoRA in network `role`, under its published name."""
@@ -93,14 +95,14 @@ class StableDiffusion1:
 
     def module(self, role: str, path: str) -> nn.Module:
         """The live module with the published path `path` in network `role`."""
-        if role == "unet":
-            return self.unet.get_submodule(path)
-        nested = clip_transformer(self.text_encoder) is not self.text_encoder
-        return self.text_encoder.get_submodule(live_text_name(path, nested))
+        if role != "unet":
+            path = live_text_name(path, clip_transformer(self.text_encoder) is not self.text_encoder)
+        return self.networks[role].get_submodule(path)
 
     def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         """[B, 3, height, width] in [-1, 1] -> "mean" and "logvar", [B, 4, height / 8, width / 8], float32."""
-        with torch.no_grad():
+        # Kept in float32: half precision blurs what every sample is learned from, and can overflow.
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
 
@@ -161,7 +163,7 @@ class StableDiffusion1:
         for role in ("text_encoder", "unet", "vae"):
             for name, tensor in sorted(self.tensors(role).items()):
                 digest.update(f"{role}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def save(self, path: Path, overrides: Mapping[str, Tensor]) -> None:
@@ -223,7 +225,9 @@ def assemble(parts: SdParts, source: Path) -> StableDiffusion1:
             network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
         except RuntimeError as problem:
             reason = " ".join(str(problem).split())[:300]
-            raise ModelError(f"--pretrained_model_name_or_path = {source}: the {title} does not fit: {reason}") from None
+            raise ModelError(
+                f"--pretrained_model_name_or_path = {source}: the {title} does not fit: {reason}"
+            ) from None
     return StableDiffusion1(unet, vae, text_encoder)
 
 

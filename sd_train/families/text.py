@@ -70,7 +70,8 @@ def encode_chunks(encoder: CLIPTextModel, ids: Tensor, clip_skip: int | None) ->
     output = encoder(ids.view(batch * chunks, length), output_hidden_states=deep)
     if deep:
         assert clip_skip is not None
-        states = clip_transformer(encoder).final_layer_norm(output.hidden_states[-clip_skip])
+        norm = clip_transformer(encoder).get_submodule("final_layer_norm")
+        states = norm(output.hidden_states[-clip_skip])
     else:
         states = output.last_hidden_state
     if chunks > 1:

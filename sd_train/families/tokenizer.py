@@ -6,7 +6,7 @@ import gzip
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -71,9 +71,7 @@ def load_clip_tokenizer(pad_token: str = END) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     vocabulary = clip_vocabulary()
-    # Annotated as a list of strings, which the tokenizers library behind it refuses: it takes pairs.
-    merges = cast("list[str]", vocabulary.merges)
-    tokenizer = CLIPTokenizer(vocab=vocabulary.ids, merges=merges, model_max_length=CONTEXT_LENGTH)
+    tokenizer = CLIPTokenizer(vocab=vocabulary.ids, merges=vocabulary.merges, model_max_length=CONTEXT_LENGTH)
     if pad_token != END:
         tokenizer.pad_token = pad_token
     return tokenizer

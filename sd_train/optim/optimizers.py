@@ -58,7 +58,9 @@ def find_optimizer(name: str) -> OptimizerSpec:
         names = [known.name for known in OPTIMIZERS.values()]
         near = difflib.get_close_matches(name.lower(), OPTIMIZERS, n=1, cutoff=0.5)
         hint = f"did you mean {OPTIMIZERS[near[0]].name}? " if near else ""
-        raise ConfigError(f"--optimizer_type = {name!r}: is not among the optimizers; {hint}use one of {', '.join(names)}")
+        raise ConfigError(
+            f"--optimizer_type = {name!r}: is not among the optimizers; {hint}use one of {', '.join(names)}"
+        )
     return spec
 
 
@@ -73,7 +75,8 @@ def optimizer_class(spec: OptimizerSpec) -> type[torch.optim.Optimizer]:
         found = getattr(importlib.import_module(module), name)
     except ImportError as problem:
         raise ConfigError(
-            f"--optimizer_type = {spec.name!r}: needs the package {spec.package} ({problem}); pip install {spec.package}"
+            f"--optimizer_type = {spec.name!r}: needs the package {spec.package} ({problem}); "
+            f"pip install {spec.package}"
         ) from None
     assert isinstance(found, type)
     return found
@@ -98,7 +101,8 @@ def make_optimizer(
     unknown = [key for key in arguments if key not in accepted]
     if unknown:
         raise ConfigError(
-            f"--optimizer_args = {', '.join(unknown)}: {spec.name} takes no such argument; it accepts {', '.join(accepted)}"
+            f"--optimizer_args = {', '.join(unknown)}: {spec.name} takes no such argument; "
+            f"it accepts {', '.join(accepted)}"
         )
     values = {**spec.defaults, **arguments}
     if values.get("foreach") or values.get("differentiable"):
@@ -107,4 +111,6 @@ def make_optimizer(
         return optimizer_class(spec)([dict(group) for group in groups], **values)
     except (TypeError, ValueError) as problem:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise ConfigError(f"--optimizer_args = {given}: {spec.name} refuses them: {problem}; correct the value") from None
+        raise ConfigError(
+            f"--optimizer_args = {given}: {spec.name} refuses them: {problem}; correct the value"
+        ) from None

@@ -68,7 +68,9 @@ def find_schedule(name: str) -> ScheduleSpec:
     if spec is None:
         near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"--lr_scheduler = {name!r}: is not among the schedules; {hint}use one of {', '.join(SCHEDULES)}")
+        raise ConfigError(
+            f"--lr_scheduler = {name!r}: is not among the schedules; {hint}use one of {', '.join(SCHEDULES)}"
+        )
     return spec
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +64,7 @@ class LoraModule(nn.Module):
             down = torch.empty(rank, original.in_features)
             up = torch.zeros(original.out_features, rank)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        device = cast(Tensor, original.weight).device
+        device = original.weight.device
         self.down = nn.Parameter(down.to(device))
         self.up = nn.Parameter(up.to(device))
         self._forward = original.forward
@@ -92,14 +91,11 @@ class LoraModule(nn.Module):
             hidden = functional.conv2d(low, self.down, stride=self._stride, padding=self._padding)
         if self._switches.dropout:
             hidden = hidden * self._mask(hidden)
-        if self._stride is None:
-            change = functional.linear(hidden, self.up)
-        else:
-            change = functional.conv2d(hidden, self.up)
+        change = functional.linear(hidden, self.up) if self._stride is None else functional.conv2d(hidden, self.up)
         return torch.add(base, change.to(base.dtype), alpha=self.scale)
 
     def _mask(self, hidden: Tensor) -> Tensor:
-        # Drawn anew from the counters at every call, so that recomputing the forward (checkpointing) sees the same mask.
+        # Drawn anew from the counters at every call: a forward that is recomputed (checkpointing) sees the same mask.
         seed = derive(self.seed, "dropout", self.name, *self._switches.key) % 2**63
         generator = torch.Generator(hidden.device).manual_seed(seed)
         keep = 1.0 - self._switches.dropout

@@ -1,0 +1,47 @@
+"""`sd-train COMMAND ...`, `python -m sd_train COMMAND ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from sd_train import __version__
+from sd_train.entry import guarded
+from sd_train.errors import ConfigError
+
+COMMANDS = {
+    "train_network": ("sd_train.train_network", "train a LoRA"),
+    "schema": ("sd_train.commands.schema", "print the JSON Schema of run or dataset files"),
+    "make_tiny_model": ("sd_train.commands.make_tiny_model", "write a tiny model with random weights"),
+    "demo": ("sd_train.commands.demo", "train a LoRA on photographs that come with the package"),
+}
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:16} {about}" for name, (_, about) in COMMANDS.items()]
+    return "usage: sd-train COMMAND [OPTIONS]   (sd-train COMMAND --help tells more)\n\n" + "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` names; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"sd_train {__version__}")
+        return 0
+    return guarded(lambda: _run(words[0], words[1:]))
+
+
+def _run(command: str, rest: Sequence[str]) -> int:
+    if command not in COMMANDS:
+        raise ConfigError(f"{command!r} is no command; use one of {', '.join(COMMANDS)}")
+    found: int = importlib.import_module(COMMANDS[command][0]).main(rest)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

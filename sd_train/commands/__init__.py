@@ -1,0 +1,1 @@
+"""The commands of `sd-train` beside the training ones."""
