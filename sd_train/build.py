@@ -21,7 +21,7 @@ from sd_train.checkpoint import (
     load_state,
     read_progress,
 )
-from sd_train.config.dump import dump_toml
+from sd_train.config.dump import changed_options, dump_toml
 from sd_train.config.options import RunConfig
 from sd_train.data.batches import BatchSettings, Updates
 from sd_train.data.cache import MemoryCache
@@ -44,7 +44,7 @@ from sd_train.plan import Plan, describe, describe_batches, make_plan
 from sd_train.preview import Preview
 from sd_train.prompts import load_prompts
 from sd_train.randomness import derive
-from sd_train.report import Report
+from sd_train.report import Report, say_line
 from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.types import Progress
 
@@ -103,7 +103,7 @@ def prepare(config: RunConfig) -> Prepared:
         for dataset in datasets
     ]
     device = open_device(config.training.mixed_precision)
-    progress = _first_progress(config, resume)
+    progress = _first_progress(config, resume, device)
     updates = _make_updates(config, datasets, indexes, progress.seed, device)
     plan = make_plan(config, datasets, indexes, updates)
     make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, plan.total_steps)
@@ -125,7 +125,7 @@ def _fallbacks(config: RunConfig) -> dict[str, object]:
     return fallbacks
 
 
-def _first_progress(config: RunConfig, resume: Path | None) -> Progress:
+def _first_progress(config: RunConfig, resume: Path | None, device: Device) -> Progress:
     wanted = config.training.seed
     if resume is not None:
         progress = read_progress(resume)
@@ -134,7 +134,7 @@ def _first_progress(config: RunConfig, resume: Path | None) -> Progress:
                 f"--seed = {wanted}: the state at {resume} was trained with {progress.seed}; leave --seed away"
             )
         return progress
-    seed = random.SystemRandom().randrange(2**32) if wanted is None else wanted
+    seed = device.shared(random.SystemRandom().randrange(2**32)) if wanted is None else wanted
     session = derive(seed, "session", config.saving.output_name or "") % 2**32
     return Progress(seed=seed, session_id=session, started_at=now())
 
@@ -166,7 +166,7 @@ def run(config: RunConfig) -> int:
         UserError: with the way out.
     """
     prepared = prepare(config)
-    say = print if prepared.device.is_main else _silent
+    say = say_line if prepared.device.is_main else _silent
     for index in prepared.plan.indexes:
         for warning in index.warnings:
             say(f"warning: {warning}")
@@ -177,6 +177,8 @@ def run(config: RunConfig) -> int:
         say(describe_batches(prepared.updates, prepared.plan))
         return 0
     quiet_libraries()
+    # Other ranks must have looked at the output folder before this one writes there.
+    prepared.device.barrier()
     try:
         return _train(prepared, say)
     except torch.OutOfMemoryError as problem:
@@ -266,7 +268,9 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
         resumed = load_state(prepared.resume, parts)
         progress = resumed.progress
         say(f"resumed {resumed.path} at step {progress.step} of {plan.total_steps}")
-    base = describe_base(Path(config.model.pretrained_model_name_or_path))
+        for change in changed_options(resumed.config_text, parts.config_text):
+            say(f"warning: changed since the state was saved: {change}")
+    base = describe_base(Path(config.model.pretrained_model_name_or_path)) if device.is_main else {}
     facts = _facts(prepared, family, optimizer)
     checkpoint = Checkpoint(
         prepared.names,
@@ -278,7 +282,7 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
         ),
         parts,
         lambda at: build_metadata(config, facts, base, at),
-        report.message,
+        report,
         plan.epochs,
         device.is_main,
     )
@@ -301,12 +305,14 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     if device.is_main:
         write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
     objective = Denoise(family, lora, device)
-    with report, Guard(report.message) as guard:
+    agree = device.any if device.world > 1 else None
+    with report, Guard(report.message, agree) as guard:
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, lora, groups, schedule, updater, report,
             preview if prompts else None, checkpoint, guard,
         )  # fmt: skip
         train(training)
+    device.close()
     return 0
 
 

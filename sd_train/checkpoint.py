@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_train.errors import ConfigError, DataError
+from sd_train.errors import ConfigError, DataError, RunError
 from sd_train.files import sha256, write_folder
+from sd_train.report import Report
 from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.types import Progress
 
@@ -268,7 +269,7 @@ class Checkpoint:
     intervals: Intervals
     parts: StateParts
     metadata: Callable[[Progress], Mapping[str, str]]
-    say: Callable[[str], None]
+    report: Report
     end_epoch: int
     is_main: bool
 
@@ -282,10 +283,16 @@ class Checkpoint:
         if not self.is_main:
             return
         path = self.names.model(stem)
-        self.parts.trainable.save(path, self.metadata(progress))
-        if state:
-            save_state(self.names.state(stem), progress, self.parts)
-        self.say(f"saved {path}" + (f" and {self.names.state(stem)}" if state else ""))
+        if not all(bool(tensor.isfinite().all()) for tensor in self.parts.trainable.tensors().values()):
+            raise RunError(
+                f"{path}: not written, the weights at step {progress.step} are not finite; go back to an earlier save "
+                "and use a lower learning rate, or --mixed_precision bf16 instead of fp16"
+            )
+        with self.report.untimed():
+            self.parts.trainable.save(path, self.metadata(progress))
+            if state:
+                save_state(self.names.state(stem), progress, self.parts)
+        self.report.message(f"saved {path}" + (f" and {self.names.state(stem)}" if state else ""))
 
     def finish(self, progress: Progress) -> None:
         """The final file."""
@@ -295,4 +302,4 @@ class Checkpoint:
         """Stopped early: a model file and a state, so that nothing is lost."""
         stem = self.names.at_step(progress.step)
         self.save(stem, progress, state=True)
-        self.say(f"stopped at step {progress.step}; go on with --resume {self.names.state(stem)}")
+        self.report.message(f"stopped at step {progress.step}; go on with --resume {self.names.state(stem)}")

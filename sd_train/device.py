@@ -57,6 +57,27 @@ class Device:
             distributed.all_reduce(value)
         return value
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; waits for all of them."""
+        if self.world == 1:
+            return flag
+        said = torch.tensor(int(flag), device=self.device)
+        distributed.all_reduce(said, distributed.ReduceOp.MAX)
+        return bool(said)
+
+    def shared(self, value: int) -> int:
+        """The main rank's `value`, on every rank."""
+        if self.world == 1:
+            return value
+        said = [value]
+        distributed.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def close(self) -> None:
+        """Leave the group of ranks."""
+        if self.world > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:

@@ -6,12 +6,16 @@ import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+ASK_OTHERS_EVERY = 8
+"""Updates."""
+
 
 class Guard:
     """While it is entered, stop signals are noted instead of ending the process."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, say: Callable[[str], None], agree: Callable[[bool], bool] | None = None) -> None:
+        """`agree` tells whether any rank has a flag set; None where there is one rank only."""
+        self._say, self._agree = say, agree
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
         self.stop_requested = False
 
@@ -29,6 +33,13 @@ class Guard:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def should_stop(self, step: int) -> bool:
+        """Whether the run is to end after update `step`; all ranks get the same answer."""
+        if self._agree is None:
+            return self.stop_requested
+        # Asking the others waits for them, so it is not done after every update.
+        return step % ASK_OTHERS_EVERY == 0 and self._agree(self.stop_requested)
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
         if self.stop_requested:

@@ -67,7 +67,7 @@ def train(run: Training) -> bool:
         if run.preview is not None:
             run.preview(progress)
         run.checkpoint(progress)
-        if run.guard.stop_requested and progress.step < run.end:
+        if progress.step < run.end and run.guard.should_stop(progress.step):
             run.checkpoint.interrupted(progress)
             return False
     run.checkpoint.finish(progress)

@@ -349,6 +349,11 @@ class Report:
                 self._console.close()
 
 
+def say_line(text: str) -> None:
+    """A line on standard output, outside of any progress bar."""
+    print(text, flush=True)
+
+
 def _kept(value: Tensor | float) -> Tensor | float:
     """A tensor on the CPU as a number, which costs nothing; one on a device as it is, without its graph."""
     if not isinstance(value, Tensor):

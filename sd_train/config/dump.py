@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -27,6 +28,17 @@ def dump_toml(config: RunConfig, names: Collection[str] | None = None) -> str:
         if entries:
             lines += ["", f"# {group}", *entries]
     return "\n".join(lines) + "\n"
+
+
+def changed_options(before: str, after: str) -> list[str]:
+    """What differs between two texts of `dump_toml`, `name: before -> after`, without what only names this run."""
+    old, new = tomllib.loads(before), tomllib.loads(after)
+    names = [name for name in options() if name not in ("resume", "overwrite", "debug_dataset")]
+    return [
+        f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
 
 
 def non_default_names(config: RunConfig) -> list[str]:

@@ -1,0 +1,2 @@
+def test_x(tiny_model, tiny_folder):
+    print(tiny_model, tiny_folder)
