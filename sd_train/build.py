@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,39 +12,28 @@ from torch import Tensor
 from sd_train.checkpoint import (
     Checkpoint,
     Extra,
-    FileNames,
     Intervals,
     StateParts,
-    find_state,
     load_state,
-    read_progress,
 )
 from sd_train.config.dump import changed_options, dump_toml
 from sd_train.config.options import RunConfig
-from sd_train.data.batches import BatchSettings, Updates
 from sd_train.data.cache import MemoryCache
-from sd_train.data.config import load_dataset_config
-from sd_train.data.index import ImageIndex, build_index
-from sd_train.data.settings import DatasetConfig
-from sd_train.device import DTYPES, Device, Updater, open_device
-from sd_train.diffusion.schedule import Draws, draw
-from sd_train.errors import ConfigError, ModelError, RunError
+from sd_train.device import DTYPES, Updater
+from sd_train.errors import ModelError, RunError
 from sd_train.families.checkpoints import read_tensors
 from sd_train.families.sd import StableDiffusion1, load_sd1
 from sd_train.files import write_text
 from sd_train.guard import Guard
 from sd_train.loop import Training, train
-from sd_train.metadata import RunFacts, build_metadata, describe_base, now
+from sd_train.metadata import RunFacts, build_metadata, describe_base
 from sd_train.objectives.denoise import Denoise
-from sd_train.optim.optimizers import find_optimizer, make_optimizer
+from sd_train.optim.optimizers import make_optimizer
 from sd_train.optim.schedules import make_schedule
-from sd_train.plan import Plan, describe, describe_batches, make_plan
+from sd_train.plan import Prepared, describe, describe_batches, prepare
 from sd_train.preview import Preview
-from sd_train.prompts import load_prompts
-from sd_train.randomness import derive
 from sd_train.report import Report, say_line
 from sd_train.trainables.lora import Lora, LoraSettings
-from sd_train.types import Progress
 
 DEFAULT_RANK = 4
 
@@ -61,102 +48,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known before the model is loaded."""
-
-    config: RunConfig
-    device: Device
-    progress: Progress
-    resume: Path | None
-    names: FileNames
-    updates: Updates
-    plan: Plan
-
-
-def prepare(config: RunConfig) -> Prepared:
-    """Read the dataset, count, and find every problem that needs no model.
-
-    Raises:
-        UserError: with the way out.
-    """
-    names = FileNames(config.saving.output_dir, config.saving.output_name)
-    find_optimizer(config.optimizer.optimizer_type)
-    resume = find_state(config.saving.resume, names) if config.saving.resume else None
-    existing = names.existing()
-    if existing and not resume and not config.saving.overwrite and not config.dataset.debug_dataset:
-        shown = ", ".join(path.name for path in existing[:3])
-        raise ConfigError(
-            f"--output_dir = {names.folder}: holds another run's files of these names ({shown}"
-            f"{', ...' if len(existing) > 3 else ''}); continue it with --resume latest, replace it with --overwrite, "
-            "or choose another --output_name"
-        )
-    datasets = load_dataset_config(config.dataset.dataset_config, _fallbacks(config))
-    indexes = [
-        build_index(
-            dataset,
-            allow_missing_captions=config.dataset.allow_missing_captions,
-            prior_loss_weight=config.training.prior_loss_weight,
-        )
-        for dataset in datasets
-    ]
-    device = open_device(config.training.mixed_precision)
-    progress = _first_progress(config, resume, device)
-    updates = _make_updates(config, datasets, indexes, progress.seed, device)
-    plan = make_plan(config, datasets, indexes, updates)
-    make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, plan.total_steps)
-    if progress.step >= plan.total_steps:
-        raise ConfigError(
-            f"--resume = {resume}: stands at step {progress.step} and the training ends at {plan.total_steps}; "
-            "raise --max_train_steps or --max_train_epochs to go on"
-        )
-    return Prepared(config, device, progress, resume, names, updates, plan)
-
-
-def _fallbacks(config: RunConfig) -> dict[str, object]:
-    """What the dataset file falls back to: the command line's values under the names of the file."""
-    dataset = config.dataset.model_dump()
-    own = ("dataset_config", "allow_missing_captions", "debug_dataset", "cache_latents", "vae_batch_size")
-    fallbacks = {name: value for name, value in dataset.items() if name not in own}
-    fallbacks["num_repeats"] = fallbacks.pop("dataset_repeats")
-    fallbacks["batch_size"] = config.training.train_batch_size
-    return fallbacks
-
-
-def _first_progress(config: RunConfig, resume: Path | None, device: Device) -> Progress:
-    wanted = config.training.seed
-    if resume is not None:
-        progress = read_progress(resume)
-        if wanted is not None and wanted != progress.seed:
-            raise ConfigError(
-                f"--seed = {wanted}: the state at {resume} was trained with {progress.seed}; leave --seed away"
-            )
-        return progress
-    seed = device.shared(random.SystemRandom().randrange(2**32)) if wanted is None else wanted
-    session = derive(seed, "session", config.saving.output_name or "") % 2**32
-    return Progress(seed=seed, session_id=session, started_at=now())
-
-
-def _make_updates(
-    config: RunConfig, datasets: Sequence[DatasetConfig], indexes: Sequence[ImageIndex], seed: int, device: Device
-) -> Updates:
-    training = config.training
-    settings = BatchSettings(
-        seed=seed,
-        accumulation=training.gradient_accumulation_steps,
-        workers=min(training.max_data_loader_n_workers, os.cpu_count() or 1),
-        rank=device.rank,
-        world=device.world,
-    )
-    model = StableDiffusion1
-
-    def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
-        shape = (model.channels, height // model.factor, width // model.factor)
-        return draw(seed, step, places, shape, model.timesteps)
-
-    return Updates(indexes, [dataset.batch_size for dataset in datasets], settings, drawn)
 
 
 def run(config: RunConfig) -> int:
@@ -237,7 +128,6 @@ def _make_lora(prepared: Prepared, family: StableDiffusion1) -> Lora:
 def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     config, device, progress, plan = prepared.config, prepared.device, prepared.progress, prepared.plan
     schedule = make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, plan.total_steps)
-    prompts = load_prompts(config.sampling.sample_prompts) if config.sampling.sample_prompts else ()
     family, digest = _load_family(prepared)
     lora = _make_lora(prepared, family)
     groups = lora.groups()
@@ -288,7 +178,7 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     )
     preview = Preview(
         family=family,
-        prompts=prompts,
+        prompts=prepared.prompts,
         sampler=config.sampling.sample_sampler,
         output_dir=config.saving.output_dir,
         output_name=config.saving.output_name,
@@ -309,7 +199,7 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     with report, Guard(report.message, agree) as guard:
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, lora, groups, schedule, updater, report,
-            preview if prompts else None, checkpoint, guard,
+            preview if prepared.prompts else None, checkpoint, guard,
         )  # fmt: skip
         train(training)
     device.close()

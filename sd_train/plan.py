@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
+from sd_train.checkpoint import FileNames, find_state, read_progress
 from sd_train.config.options import RunConfig
-from sd_train.data.batches import Updates
-from sd_train.data.index import ImageIndex
+from sd_train.data.batches import BatchSettings, Updates
+from sd_train.data.config import load_dataset_config
+from sd_train.data.index import ImageIndex, build_index
 from sd_train.data.settings import DatasetConfig
+from sd_train.device import Device, open_device
+from sd_train.diffusion.schedule import Draws, draw
+from sd_train.errors import ConfigError, UserError
+from sd_train.families.sd import StableDiffusion1, check_source
+from sd_train.metadata import now
+from sd_train.optim.optimizers import check_arguments
+from sd_train.optim.schedules import find_schedule, make_schedule
+from sd_train.prompts import Prompt, load_prompts
+from sd_train.randomness import derive
 from sd_train.types import Progress
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,3 +132,156 @@ def describe_batches(updates: Updates, plan: Plan, count: int = 8) -> str:
             if shown == count:
                 return "\n".join(lines)
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before the model is loaded."""
+
+    config: RunConfig
+    device: Device
+    progress: Progress
+    resume: Path | None
+    names: FileNames
+    updates: Updates
+    plan: Plan
+    prompts: tuple[Prompt, ...]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read the dataset, count, and find every problem that needs no model.
+
+    Raises:
+        UserError: with all problems and the ways out.
+    """
+    checks = Checks()
+    names = FileNames(config.saving.output_dir, config.saving.output_name)
+    checks(lambda: check_arguments(config.optimizer.optimizer_type, config.optimizer.optimizer_args))
+    checks(lambda: find_schedule(config.optimizer.lr_scheduler))
+    checks(lambda: check_source(Path(config.model.pretrained_model_name_or_path)))
+    prompts = checks(lambda: load_prompts(config.sampling.sample_prompts) if config.sampling.sample_prompts else ())
+    resume = checks(lambda: find_state(config.saving.resume, names) if config.saving.resume else None)
+    if not config.saving.resume and not config.saving.overwrite and not config.dataset.debug_dataset:
+        checks(lambda: _refuse_existing(names))
+    read = checks(lambda: _read_datasets(config))
+    device = checks(lambda: open_device(config.training.mixed_precision))
+    progress = checks(lambda: _first_progress(config, resume, device)) if device is not None else None
+    checks.raise_any()
+    assert read is not None
+    assert device is not None
+    assert progress is not None
+    datasets, indexes = read
+    updates = _make_updates(config, datasets, indexes, progress.seed, device)
+    plan = make_plan(config, datasets, indexes, updates)
+    checks(lambda: make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, plan.total_steps))
+    checks(lambda: _refuse_finished(progress, plan, resume))
+    checks.raise_any()
+    return Prepared(config, device, progress, resume, names, updates, plan, prompts or ())
+
+
+class Checks:
+    """Runs one check after another and keeps what they raise, so that all problems come out together."""
+
+    def __init__(self) -> None:
+        self.errors: list[UserError] = []
+
+    def __call__(self, check: Callable[[], T]) -> T | None:
+        """What `check` returns; None if it raised."""
+        try:
+            return check()
+        except UserError as problem:
+            self.errors.append(problem)
+            return None
+
+    def raise_any(self) -> None:
+        """Raise one error with everything that was found, of the first one's kind."""
+        if self.errors:
+            raise type(self.errors[0])("\n".join(str(error) for error in self.errors))
+
+
+def _refuse_existing(names: FileNames) -> None:
+    existing = names.existing()
+    if existing:
+        shown = ", ".join(path.name for path in existing[:3])
+        raise ConfigError(
+            f"--output_dir = {names.folder}: holds another run's files of these names ({shown}"
+            f"{', ...' if len(existing) > 3 else ''}); continue it with --resume latest, replace it with --overwrite, "
+            "or choose another --output_name"
+        )
+
+
+def _refuse_finished(progress: Progress, plan: Plan, resume: Path | None) -> None:
+    if progress.step >= plan.total_steps:
+        raise ConfigError(
+            f"--resume = {resume}: stands at step {progress.step} and the training ends at {plan.total_steps}; "
+            "raise --max_train_steps or --max_train_epochs to go on"
+        )
+
+
+def _read_datasets(config: RunConfig) -> tuple[tuple[DatasetConfig, ...], list[ImageIndex]]:
+    datasets = load_dataset_config(config.dataset.dataset_config, _fallbacks(config))
+    if config.dataset.cache_latents:
+        moving = [subset.origin for dataset in datasets for subset in dataset.subsets if subset.random_crop]
+        if moving:
+            raise ConfigError(
+                f"{moving[0]}: random_crop = true: a cached latent cannot be cropped anew for every sample; "
+                "leave --cache_latents away, or random_crop"
+            )
+    checks = Checks()
+    indexes = [
+        checks(
+            partial(
+                build_index,
+                dataset,
+                allow_missing_captions=config.dataset.allow_missing_captions,
+                prior_loss_weight=config.training.prior_loss_weight,
+            )
+        )
+        for dataset in datasets
+    ]
+    checks.raise_any()
+    return datasets, [index for index in indexes if index is not None]
+
+
+def _fallbacks(config: RunConfig) -> dict[str, object]:
+    """What the dataset file falls back to: the command line's values under the names of the file."""
+    dataset = config.dataset.model_dump()
+    own = ("dataset_config", "allow_missing_captions", "debug_dataset", "cache_latents", "vae_batch_size")
+    fallbacks = {name: value for name, value in dataset.items() if name not in own}
+    fallbacks["num_repeats"] = fallbacks.pop("dataset_repeats")
+    fallbacks["batch_size"] = config.training.train_batch_size
+    return fallbacks
+
+
+def _first_progress(config: RunConfig, resume: Path | None, device: Device) -> Progress:
+    wanted = config.training.seed
+    if resume is not None:
+        progress = read_progress(resume)
+        if wanted is not None and wanted != progress.seed:
+            raise ConfigError(
+                f"--seed = {wanted}: the state at {resume} was trained with {progress.seed}; leave --seed away"
+            )
+        return progress
+    seed = device.shared(random.SystemRandom().randrange(2**32)) if wanted is None else wanted
+    session = derive(seed, "session", config.saving.output_name or "") % 2**32
+    return Progress(seed=seed, session_id=session, started_at=now())
+
+
+def _make_updates(
+    config: RunConfig, datasets: Sequence[DatasetConfig], indexes: Sequence[ImageIndex], seed: int, device: Device
+) -> Updates:
+    training = config.training
+    settings = BatchSettings(
+        seed=seed,
+        accumulation=training.gradient_accumulation_steps,
+        workers=min(training.max_data_loader_n_workers, os.cpu_count() or 1),
+        rank=device.rank,
+        world=device.world,
+    )
+    model = StableDiffusion1
+
+    def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
+        shape = (model.channels, height // model.factor, width // model.factor)
+        return draw(seed, step, places, shape, model.timesteps)
+
+    return Updates(indexes, [dataset.batch_size for dataset in datasets], settings, drawn)

@@ -183,19 +183,28 @@ class StableDiffusion1:
         write_tensors(path, joined, {"format": "pt"})
 
 
+def check_source(source: Path) -> None:
+    """Whether there is anything at `source`.
+
+    Raises:
+        ModelError: if not.
+    """
+    if not source.exists():
+        raise ModelError(
+            f"--pretrained_model_name_or_path = {source}: there is no such file or folder (current folder: "
+            f"{Path.cwd()}); models are not downloaded yet, give a .safetensors or .ckpt file or a diffusers folder"
+        )
+
+
 def load_sd1(source: Path) -> StableDiffusion1:
     """Load a Stable Diffusion 1.x model from a diffusers folder or one file, without any network.
 
     Raises:
         ModelError: if there is nothing at `source`, or it is of another kind, incomplete or broken.
     """
+    check_source(source)
     if source.is_dir():
         return _load_folder(source)
-    if not source.is_file():
-        raise ModelError(
-            f"--pretrained_model_name_or_path = {source}: there is no such file or folder (current folder: "
-            f"{Path.cwd()}); models are not downloaded yet, give a .safetensors or .ckpt file or a diffusers folder"
-        )
     return assemble(split_checkpoint(read_tensors(source), source), source)
 
 

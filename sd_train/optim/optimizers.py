@@ -88,6 +88,17 @@ def accepted_arguments(spec: OptimizerSpec) -> tuple[str, ...]:
     return tuple(name for name in names if name not in spec.reserved)
 
 
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Find out before anything is loaded whether the optimizer takes `arguments`.
+
+    Raises:
+        ConfigError: as `make_optimizer`.
+    """
+    import torch
+
+    make_optimizer(name, [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}], arguments)
+
+
 def make_optimizer(
     name: str, groups: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
 ) -> torch.optim.Optimizer:

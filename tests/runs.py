@@ -1,0 +1,182 @@
+"""What the tests of whole runs share: datasets of the demonstration's photographs, runs, and what these leave."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+import sd_train.demo
+from sd_train.data.config import load_dataset_config
+from sd_train.data.images import prepare, sample_view
+from sd_train.data.index import ImageIndex, build_index
+from sd_train.device import Device
+from sd_train.families.sd import load_sd1
+from sd_train.objectives.denoise import Denoise
+from sd_train.trainables.lora import Lora, LoraSettings
+from sd_train.train_network import main
+from sd_train.types import Batch
+
+PHOTOS = Path(sd_train.demo.__file__).parent / "photos"
+SOURCES = Path(sd_train.demo.__file__).parent.parent.parent
+CLOCKS = ("ss_training_started_at", "ss_training_finished_at", "modelspec.date")
+TIMESTEPS = (50, 250, 450, 650, 850)
+
+
+def write_dataset(path: Path, dataset: str = "", subset: str = "") -> Path:
+    """A dataset file over the photographs at 96 pixels, in buckets of 64x64, 128x64 and 64x128; more keys as TOML."""
+    path.write_text(
+        f"""[general]
+caption_extension = ".txt"
+[[datasets]]
+resolution = 96
+enable_bucket = true
+min_bucket_reso = 64
+max_bucket_reso = 128
+{dataset}
+[[datasets.subsets]]
+image_dir = {str(PHOTOS)!r}
+{subset}
+"""
+    )
+    return path
+
+
+def words(model: Path, dataset: Path, output: Path, more: str) -> list[str]:
+    """The command line of a run, without the program; `more` is split at blanks and may repeat an option."""
+    return [
+        *("--pretrained_model_name_or_path", str(model), "--dataset_config", str(dataset), "--output_dir", str(output)),
+        *"--seed 3 --network_dim 4 --network_alpha 4 --learning_rate 1e-3 --max_data_loader_n_workers 0".split(),
+        *more.split(),
+    ]
+
+
+def train(model: Path, dataset: Path, output: Path, more: str = "") -> Path:
+    """Run the entry point in this process; the file that it leaves."""
+    assert main(words(model, dataset, output, more)) == 0
+    names = more.split()
+    name = names[names.index("--output_name") + 1] if "--output_name" in names else "last"
+    return output / f"{name}.safetensors"
+
+
+def command(*arguments: str) -> list[str]:
+    """A command that runs a module of ours with this interpreter."""
+    return [sys.executable, "-m", *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a process of its own; it finds the package without being installed."""
+    return {**os.environ, "PYTHONPATH": str(SOURCES), **more}
+
+
+def run_process(arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with variables added to the environment."""
+    return subprocess.run(arguments, env=environment(**more), capture_output=True, text=True, timeout=300, check=False)
+
+
+def metadata(path: Path, *aside: str) -> dict[str, str]:
+    """The metadata of a file without its clock fields and those in `aside`."""
+    with safe_open(path, "pt") as file:
+        found: dict[str, str] = file.metadata()
+    return {key: value for key, value in found.items() if key not in (*CLOCKS, *aside)}
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """The tensors of two files that are not equal to the bit, by name; those of only one file too."""
+    ours, theirs = load_file(first), load_file(second)
+    return sorted(
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in ours or name not in theirs or not identical(ours[name], theirs[name])
+    )
+
+
+def identical(first: Tensor, second: Tensor) -> bool:
+    """Whether dtype, shape and every bit agree."""
+    alike = first.dtype == second.dtype and first.shape == second.shape
+    return alike and torch.equal(first.view(torch.uint8), second.view(torch.uint8)) if first.dim() else (
+        alike and bool(first == second)
+    )
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """The largest difference between numbers of two files with the same names."""
+    ours, theirs = load_file(first), load_file(second)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_index(path: Path) -> ImageIndex:
+    """The index of a dataset file with one dataset."""
+    (dataset,) = load_dataset_config(path, {"batch_size": 1})
+    return build_index(dataset, allow_missing_captions=False, prior_loss_weight=1.0)
+
+
+def fixed_noise_loss(model: Path, dataset: Path, lora: Path | None) -> float:
+    """Mean denoising loss over all photographs and five timesteps, always with the same noise."""
+    family = load_sd1(model)
+    weights = {} if lora is None else load_file(lora)
+    rates = {"unet": 1.0, "text_encoder": 1.0} if weights else {}
+    rates = {role: rate for role, rate in rates.items() if any(_role(name) == role for name in weights)}
+    rank = next((len(tensor) for name, tensor in weights.items() if name.endswith("lora_down.weight")), 1)
+    alpha = next((float(tensor) for name, tensor in weights.items() if name.endswith(".alpha")), 1.0)
+    trainable = Lora(LoraSettings(rank=rank, alpha=alpha, dropout=0.0, rates=rates, seed=0))
+    trainable.install(family)
+    trainable.load(weights)
+    objective = Denoise(family, trainable, Device(torch.device("cpu"), "no"))
+    index = read_index(dataset)
+    losses = []
+    for place in range(len(index)):
+        record = index.record(place)
+        pixels, geometry = prepare(record, sample_view(record, 0, 0, 0))
+        count = len(TIMESTEPS)
+        shape = (count, 4, pixels.shape[1] // 8, pixels.shape[2] // 8)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(place))
+        batch = Batch(
+            keys=[record.key] * count,
+            captions=[record.caption] * count,
+            pixels=torch.from_numpy(pixels).expand(count, -1, -1, -1),
+            images=None,
+            noise=noise,
+            latent_noise=torch.zeros(shape),
+            timesteps=torch.tensor(TIMESTEPS),
+            weight=torch.ones(count),
+            geometry=[geometry] * count,
+            micro=0,
+        )
+        with torch.no_grad():
+            losses.append(objective.loss(batch))
+    return float(torch.cat(losses).mean())
+
+
+def _role(name: str) -> str:
+    return "unet" if name.startswith("lora_unet_") else "text_encoder"
+
+
+def scalars(log_dir: Path) -> Mapping[str, list[tuple[int, float]]]:
+    """Every curve of the only TensorBoard log below `log_dir`: (step, value) in order."""
+    (events,) = {path.parent for path in log_dir.rglob("events.out.tfevents.*")}
+    found = EventAccumulator(str(events), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def pictures(log_dir: Path) -> dict[str, list[int]]:
+    """The steps of every picture of the only TensorBoard log below `log_dir`, by tag."""
+    (events,) = {path.parent for path in log_dir.rglob("events.out.tfevents.*")}
+    found = EventAccumulator(str(events), size_guidance={"images": 0})
+    found.Reload()
+    return {tag: [point.step for point in found.Images(tag)] for tag in found.Tags()["images"]}
