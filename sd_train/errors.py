@@ -8,9 +8,18 @@ from typing import ClassVar
 
 
 class UserError(Exception):
-    """Something that the user can mend; printed without a traceback, the process ends with `exit_code`."""
+    """Something that the user can mend, a problem a line; the process ends with `exit_code`, without a traceback."""
 
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
 
 
 class ConfigError(UserError):
@@ -65,5 +74,4 @@ class Problems:
     def raise_if_any(self, error: type[UserError]) -> None:
         """Raise `error` with every problem on a line of its own, if there is any."""
         if self.found:
-            count = "1 problem" if len(self.found) == 1 else f"{len(self.found)} problems"
-            raise error(f"{count}:\n" + "\n".join(f"  - {problem}" for problem in self.found))
+            raise error(*map(str, self.found))

@@ -196,7 +196,7 @@ class Checks:
     def raise_any(self) -> None:
         """Raise one error with everything that was found, of the first one's kind."""
         if self.errors:
-            raise type(self.errors[0])("\n".join(str(error) for error in self.errors))
+            raise type(self.errors[0])(*(problem for error in self.errors for problem in error.problems))
 
 
 def _refuse_existing(names: FileNames) -> None:

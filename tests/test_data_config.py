@@ -138,6 +138,20 @@ def test_unsupported_keys_at_their_defaults_are_accepted(photos: Path) -> None:
     assert len(dataset.subsets) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"datasets": [null]}', "datasets[0]: must be a table; write [[datasets]]"),
+        ('{"datasets": [{"subsets": ["a"]}]}', "datasets[0].subsets[0]"),
+        ('{"datasets": [{"image_dir": "x", "subsets": []}]}', "move it to [[datasets.subsets]]"),
+        ('{"general": 5, "datasets": {}}', "general: must be a table"),
+        ('{"datasets": [{"token_warmup_step": Infinity}]}', "must be a finite number"),
+    ],
+)
+def test_wrong_structure_is_a_problem_too(text: str, words: str, photos: Path) -> None:
+    assert words in refusal(text, photos)
+
+
 def test_mixed_styles_and_regularisation_alone(photos: Path) -> None:
     head = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "<D>/a"\n'
     assert "mixes styles" in refusal(f'{head}[[datasets.subsets]]\nmetadata_file = "m.json"\n', photos)

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from sd_train.config.textfile import TomlFile
 from sd_train.data.keys import NOT_SUPPORTED, RUN_OPTIONS, DatasetFile, DatasetTable, GeneralTable, SubsetTable
-from sd_train.errors import Problems
+from sd_train.errors import ConfigError, Problems
 
 Key = tuple[str | int, ...]
 
@@ -43,6 +43,7 @@ def validate(source: TomlFile, problems: Problems) -> tuple[DatasetFile, frozens
         try:
             return DatasetFile.model_validate(data), frozenset(wrong)
         except ValidationError as found:
+            known = len(wrong)
             for error in found.errors():
                 key = _key(error["loc"], data)
                 if key in wrong:
@@ -51,6 +52,8 @@ def validate(source: TomlFile, problems: Problems) -> tuple[DatasetFile, frozens
                 if not _needs_no_folder(key, data):
                     _note(source, key, error, problems)
                 _leave_out(data, key)
+            if len(wrong) == known:
+                raise ConfigError(f"{source.path}: {found}; correct these keys") from None
 
 
 def _needs_no_folder(key: Key, data: dict[str, Any]) -> bool:
@@ -81,7 +84,7 @@ def _leave_out(data: dict[str, Any], key: Key) -> None:
     parent = _at(data, key[:-1])
     if isinstance(parent, list):
         parent[int(key[-1])] = dict[str, Any]() if len(key) == 2 else {"image_dir": " "}
-    elif key[-1] == "image_dir":
+    elif key[-1] == "image_dir" and "subsets" in key:
         parent["image_dir"] = " "
     else:
         del parent[key[-1]]
