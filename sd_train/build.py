@@ -58,8 +58,8 @@ def run(config: RunConfig) -> int:
     """
     prepared = prepare(config)
     say = say_line if prepared.device.is_main else _silent
-    for index in prepared.plan.indexes:
-        for warning in index.warnings:
+    for dataset, index in zip(prepared.plan.datasets, prepared.plan.indexes, strict=True):
+        for warning in (*dataset.warnings, *index.warnings):
             say(f"warning: {warning}")
     drawn = "" if config.training.seed is not None or prepared.resume else " (drawn; give --seed to choose it)"
     say(f"seed: {prepared.progress.seed}{drawn}")

@@ -51,10 +51,10 @@ image_dir = {str(PHOTOS)!r}
 
 
 def words(model: Path, dataset: Path, output: Path, more: str) -> list[str]:
-    """The command line of a run, without the program; `more` is split at blanks and may repeat an option."""
+    """The command line of a run, without the program; `more` is split at blanks, its options count before these."""
     return [
         *("--pretrained_model_name_or_path", str(model), "--dataset_config", str(dataset), "--output_dir", str(output)),
-        *"--seed 3 --network_dim 4 --network_alpha 4 --learning_rate 1e-3 --max_data_loader_n_workers 0".split(),
+        *"--output_name lora --seed 3 --network_dim 4 --network_alpha 4 --learning_rate 1e-3 --max_data_loader_n_workers 0".split(),
         *more.split(),
     ]
 
@@ -62,9 +62,7 @@ def words(model: Path, dataset: Path, output: Path, more: str) -> list[str]:
 def train(model: Path, dataset: Path, output: Path, more: str = "") -> Path:
     """Run the entry point in this process; the file that it leaves."""
     assert main(words(model, dataset, output, more)) == 0
-    names = more.split()
-    name = names[names.index("--output_name") + 1] if "--output_name" in names else "last"
-    return output / f"{name}.safetensors"
+    return output / "lora.safetensors"
 
 
 def command(*arguments: str) -> list[str]:

@@ -25,7 +25,7 @@ REFUSED_ALTHOUGH_SD_SCRIPTS_ACCEPTS = {
     # not yet supported
     "fine-tuning rel + image_dir", "fine-tuning abs", "fine-tuning jsonl", "metadata_file with class_tokens in general",
     "fine-tuning alpha_mask", "color flip random", "face_crop", "face_crop reversed", "alpha_mask subset",
-    "cache_info subset", "resize_interpolation lanczos", "cli masked_loss + conditioning_data_dir",
+    "resize_interpolation lanczos", "cli masked_loss + conditioning_data_dir",
     "cli --face_crop_aug_range",
 }  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_all_problems_come_at_once_with_file_and_line(photos: Path) -> None:
         ("max_bucket_reso = 448", "a side is longer than max_bucket_reso (448)"),
         ("min_bucket_reso = 32", "must be at least bucket_reso_steps"),
         ("bucket_reso_steps = 96", "multiple of 64"),
-        ("network_multiplier = 0.5", "not yet supported"),
+        ("validation_split = 0.5", "not yet supported"),
         ("cache_latents = true", "--cache_latents"),
     ],
 )
@@ -212,3 +212,12 @@ def test_example_file_is_valid_and_explains_every_supported_key(tmp_path: Path) 
     fields = {**DatasetTable.model_fields, **SubsetTable.model_fields}
     supported = {name for name, field in fields.items() if "upported" not in (field.description or "")}
     assert {name for name in supported - {"subsets"} if f"{name} = " not in text} == set()
+
+
+def test_keys_without_effect_are_accepted_with_a_warning(photos: Path) -> None:
+    text = "network_multiplier = 0.5\n[[datasets.subsets]]\nimage_dir = '<D>/a'\ncache_info = true\n"
+    (dataset,) = load(f"[[datasets]]\nresolution = 512\n{text}", photos)
+    assert [warning.split(": ")[1].split(" = ")[0] for warning in dataset.warnings] == [
+        "datasets[0].network_multiplier",
+        "datasets[0].subsets[0].cache_info",
+    ]

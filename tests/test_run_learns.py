@@ -41,7 +41,7 @@ def test_the_loss_on_fixed_noise_falls(tiny_model: Path, photos: Path, before: f
 
 def test_the_text_encoder_alone_lowers_it_too(tiny_model: Path, photos: Path, before: float, tmp_path: Path) -> None:
     more = "--network_train_text_encoder_only --network_dim 16 --network_alpha 16 --learning_rate 1e-2"
-    lora = train(tiny_model, photos, tmp_path / "out", more + " --max_train_steps 24")
+    lora = train(tiny_model, photos, tmp_path / "out", more + " --max_train_steps 20")
     assert {name.split("_")[1] for name in load_file(lora)} == {"te"}
     assert fixed_noise_loss(tiny_model, photos, lora) < 0.993 * before  # measured 0.983
 
@@ -95,7 +95,7 @@ def test_checkpointing_changes_nothing(tiny_model: Path, photos: Path, tmp_path:
 def test_previews_change_nothing(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# a comment\na cup of coffee --w 64 --h 64 --s 2 --d 7 --n blurry\na cat --w 64 --h 128 --s 2\n")
-    more = "--max_train_steps 4 --network_dropout 0.1 --output_name cup"
+    more = "--max_train_steps 4 --network_dropout 0.1"
     plain = train(tiny_model, photos, tmp_path / "plain", more)
     seen = train(
         tiny_model, photos, tmp_path / "seen",
@@ -107,9 +107,9 @@ def test_previews_change_nothing(tiny_model: Path, photos: Path, tmp_path: Path)
 
     names = sorted(path.name for path in (tmp_path / "seen" / "sample").iterdir())
     assert [re.sub(r"\d{14}", "TIME", name) for name in names] == [
-        f"cup_{moment}_{number}" for moment in ("000002", "000004", "e000000") for number in ("00_TIME_7.png", "01_TIME.png")
+        f"lora_{moment}_{number}" for moment in ("000002", "000004", "e000000") for number in ("00_TIME_7.png", "01_TIME.png")
     ]  # fmt: skip
-    assert set(tree(tmp_path / "plain")) == {"cup.safetensors", "cup-config.toml"}
+    assert set(tree(tmp_path / "plain")) == {"lora.safetensors", "lora-config.toml"}
 
     assert [re.sub(r"\d{14}", "TIME", folder.name) for folder in (tmp_path / "logs").iterdir()] == ["try-TIME"]
     curves = scalars(tmp_path / "logs")
@@ -117,7 +117,7 @@ def test_previews_change_nothing(tiny_model: Path, photos: Path, tmp_path: Path)
         assert [step for step, _ in curves[name]] == [1, 2, 3, 4]
     losses = [value for _, value in curves["loss/current"]]
     assert curves["loss/average"][-1][1] == pytest.approx(sum(losses) / 4, rel=1e-5)
-    assert {value for _, value in curves["lr/unet"]} == {pytest.approx(1e-3)}
+    assert [value for _, value in curves["lr/unet"]] == pytest.approx([1e-3] * 4)
     assert min(value for _, value in curves["grad_norm"]) > 0
     assert pictures(tmp_path / "logs") == {"sample_0": [0, 2, 4], "sample_1": [0, 2, 4]}
 
@@ -128,6 +128,6 @@ def test_previews_every_epoch_carry_the_epoch(tiny_model: Path, photos: Path, tm
     more = f"--max_train_epochs 2 --train_batch_size 3 --sample_prompts {prompts} --sample_every_n_epochs 1"
     train(tiny_model, photos, tmp_path / "out", more)
     names = sorted(path.name for path in (tmp_path / "out" / "sample").iterdir())
-    assert [re.sub(r"\d{14}", "TIME", name) for name in names] == ["e000001_00_TIME_1.png", "e000002_00_TIME_1.png"]
+    assert [re.sub(r"\d{14}", "TIME", name) for name in names] == ["lora_e000001_00_TIME_1.png", "lora_e000002_00_TIME_1.png"]
 
 

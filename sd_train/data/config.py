@@ -11,7 +11,15 @@ from typing import Any
 
 from sd_train.config.textfile import TomlFile, read_text, read_toml
 from sd_train.data.folders import holds_image, no_images
-from sd_train.data.keys import NOT_SUPPORTED, RENAMED, DatasetFile, DatasetTable, SubsetTable, dataset_json_schema
+from sd_train.data.keys import (
+    NO_EFFECT,
+    NOT_SUPPORTED,
+    RENAMED,
+    DatasetFile,
+    DatasetTable,
+    SubsetTable,
+    dataset_json_schema,
+)
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.data.validation import Key, validate
 from sd_train.errors import ConfigError, Problems
@@ -89,6 +97,7 @@ class _Reader:
         self.wrong_names = {key[-1] for key in wrong}
         self.problems = problems
         self.reported: set[str] = set()
+        self.warnings: list[str] = []
 
     def dataset(self) -> DatasetConfig:
         """The dataset with its subsets; problems are noted, the result is of use only if there are none."""
@@ -115,6 +124,7 @@ class _Reader:
             bucket_reso_steps=step,
             bucket_no_upscale=bool(values["bucket_no_upscale"]),
             subsets=subsets,
+            warnings=tuple(self.warnings),
             origin=self.source.where(*self.place),
         )
 
@@ -141,6 +151,11 @@ class _Reader:
             if where not in self.reported:
                 self.reported.add(where)
                 self.problems.add(where, values[name], "is not yet supported", way_out)
+        for name, reason in NO_EFFECT.items():
+            if name in values and values[name] != fields_of_table[name].get_default(call_default_factory=True):
+                warning = f"{self.where(name, tables)} = {values[name]!r}: has no effect: {reason}"
+                if warning not in self.warnings:
+                    self.warnings.append(warning)
 
     def check_buckets(self, values: Mapping[str, Any], smallest: int, largest: int) -> None:
         """sd-scripts' rules between the sizes, after rounding (`adjust_min_max_bucket_reso_by_steps`)."""

@@ -163,10 +163,8 @@ NOT_SUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "color_aug": "leave it out or set it to false",
         "face_crop_aug_range": "leave it out; crop the faces beforehand, or use random_crop",
-        "cache_info": "leave it out: sizes and captions are read anew at each start, so nothing can be stale",
         "custom_attributes": "remove the table",
         "resize_interpolation": "leave it out: images are shrunk by area and enlarged by Lanczos",
-        "network_multiplier": "leave it out: it has no effect in sd-scripts either",
         "validation_split": "leave it out, and keep images for validation in a folder of their own",
         "validation_seed": "leave it out",
         "alpha_mask": "leave it out; transparent parts are shown on white",
@@ -175,6 +173,14 @@ NOT_SUPPORTED: Mapping[str, str] = MappingProxyType(
     }
 )
 """Keys that sd-scripts knows and this version does not: what to do instead."""
+
+NO_EFFECT: Mapping[str, str] = MappingProxyType(
+    {
+        "cache_info": "sizes and captions are read anew at each start, so nothing can be stale",
+        "network_multiplier": "it has none in sd-scripts either",
+    }
+)
+"""Keys that are accepted with a warning, and why they do nothing."""
 
 RUN_OPTIONS = frozenset(
     {

@@ -49,5 +49,7 @@ class DatasetConfig:
     bucket_reso_steps: int = 64
     bucket_no_upscale: bool = False
     subsets: tuple[SubsetConfig, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What is accepted without effect."""
     origin: str = ""
     """Where it is declared, for messages: file, line, table."""

@@ -91,8 +91,10 @@ def recognise(tensors: Mapping[str, Tensor]) -> str | None:
         return "no Stable Diffusion checkpoint: none of its names is known"
     if missing:
         return f"an incomplete checkpoint: nothing is named {' or '.join(missing)}*"
-    channels = tensors[f"{UNET_PREFIX}input_blocks.0.0.weight"].shape[1]
-    if channels != 4:
+    first = tensors.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    if first is None or first.dim() != 4:
+        return f"an incomplete checkpoint: it has no 3x3 convolution {UNET_PREFIX}input_blocks.0.0.weight"
+    if (channels := first.shape[1]) != 4:
         return f"a U-Net with {channels} input channels (inpainting?), and only 4 are supported yet"
     return None
 
@@ -107,7 +109,7 @@ def split_checkpoint(tensors: Mapping[str, Tensor], source: Path) -> SdParts:
         raise ModelError(f"--pretrained_model_name_or_path = {source}: is {reason}")
     try:
         return _split(tensors, source)
-    except (KeyError, ValueError) as problem:
+    except (KeyError, ValueError, IndexError) as problem:
         raise ModelError(
             f"--pretrained_model_name_or_path = {source}: the checkpoint is incomplete ({problem}); download it again"
         ) from None
@@ -125,7 +127,7 @@ def _split(tensors: Mapping[str, Tensor], source: Path) -> SdParts:
     ]
     vae_config["layers_per_block"] = layers
     vae_config["latent_channels"] = vae_part["post_quant_conv.weight"].shape[0]
-    text = {published_text_name(name): tensor for name, tensor in text_part.items() if "position_ids" not in name}
+    text = {published_text_name(name): tensor for name, tensor in text_part.items() if not _is_leftover(name)}
     text_config = _text_config(text)
     text_names = [f"{name}{end}" for name in text_modules(text_config["num_hidden_layers"]) for end in _ends(name)]
     _check_complete(text, text_names, source, "text encoder")
@@ -171,6 +173,11 @@ def unet_shape_of(config: Mapping[str, Any]) -> UNetShape:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _is_leftover(name: str) -> bool:
+    # A constant, and the projection that Stable Diffusion 1.x does not use: some tools write them.
+    return "position_ids" in name or name.startswith("text_projection.")
 
 
 def _ends(name: str) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle  # only for the class of its errors
+import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -11,23 +13,34 @@ from torch import Tensor
 from sd_train.errors import ModelError
 
 
+def _first_bytes(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
+
+
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.ckpt` or `.pt` file, those under "state_dict" if it has one.
 
     Raises:
         ModelError: if the file is broken or holds anything but tensors and plain values.
     """
+    # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
+    zipped = zipfile.is_zipfile(path)
+    broken = f"{path}: cannot be read as a PyTorch file (%s); download it again"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not zipped and _first_bytes(path, 2) == b"PK":
+            raise ModelError(broken % "the archive has no end")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as problem:
-        reason = str(problem).splitlines()[0]
+        found = re.search(r"Unsupported (?:global|class).*?(?=\. | was not|$)", str(problem), re.IGNORECASE | re.MULTILINE)
+        if found is None:
+            raise ModelError(broken % "no weights in it can be read") from None
         raise ModelError(
-            f"{path}: holds Python objects beside the weights, and loading them could run code ({reason}); "
+            f"{path}: holds Python objects beside the weights, and loading them could run code ({found[0]}); "
             "convert the file to .safetensors on a machine that may run it"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise ModelError(f"{path}: cannot be read as a PyTorch file ({reason}); download it again") from None
+        raise ModelError(broken % (str(problem) or "it ends early").splitlines()[0]) from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):

@@ -272,18 +272,31 @@ def _load_folder(source: Path) -> StableDiffusion1:
     if (source / "text_encoder_2").is_dir():
         raise ModelError(f"--pretrained_model_name_or_path = {source}: is an SDXL model, and SDXL is not yet supported")
     diffusers.utils.logging.disable_progress_bar()
-    try:
-        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", local_files_only=True)
-        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", local_files_only=True)
-        text_encoder = CLIPTextModel.from_pretrained(source / "text_encoder", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as problem:
-        reason = " ".join(str(problem).split())[:300]
-        raise ModelError(f"--pretrained_model_name_or_path = {source}: cannot be loaded: {reason}") from None
+    unet = _load_part(UNet2DConditionModel, source, "unet")
+    vae = _load_part(AutoencoderKL, source, "vae")
+    text_encoder = _load_part(CLIPTextModel, source, "text_encoder")
     _check_family(unet.config, source)
     _check_vocabulary(text_encoder.config.vocab_size, source)
     _check_autoencoder(vae.config, source)
     # Folders are often stored in half precision; what is trained on top is decided by --mixed_precision.
     return StableDiffusion1(unet.float(), vae.float(), text_encoder.float())
+
+
+def _load_part(kind: Any, source: Path, name: str) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        network, info = kind.from_pretrained(source / name, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
+        reason = " ".join(str(problem).split())[:300]
+        raise ModelError(f"--pretrained_model_name_or_path = {source}: {name} cannot be loaded: {reason}") from None
+    # The libraries fill what is missing with random weights and only warn.
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"--pretrained_model_name_or_path = {source}: {len(missing)} tensors of {name} are missing, e.g. "
+            f"{', '.join(missing[:3])}; the folder is incomplete, download it again"
+        )
+    return network
 
 
 def _check_family(unet: Mapping[str, Any], source: Path) -> None:

@@ -1,0 +1,158 @@
+"""A training that was stopped goes on to the bit: 5 + 7 updates are 12."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sd_train.train_network import main
+from tests.runs import command, differences, environment, metadata, scalars, train, words, write_dataset
+
+# Six images three times in batches of two are nine batches an epoch, so that no save stands at its end.
+LENGTH = "--max_train_steps 12 --train_batch_size 2"
+CASES = {
+    "adamw": "--optimizer_type AdamW --lr_scheduler cosine --lr_warmup_steps 3 --network_dropout 0.1",
+    "lion": "--optimizer_type Lion --learning_rate 1e-4 --lr_scheduler linear --lr_warmup_steps 0.5",
+    "prodigy": "--optimizer_type Prodigy --learning_rate 1 --optimizer_args weight_decay=0.01 use_bias_correction=True",
+    "accumulated": "--gradient_accumulation_steps 2 --lr_scheduler cosine --network_dropout 0.1 --cache_latents",
+    "fp16": "--mixed_precision fp16 --network_train_unet_only",
+    "bf16": "--mixed_precision bf16 --lr_scheduler constant_with_warmup --lr_warmup_steps 7 --network_dropout 0.2",
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset file with everything that is drawn at random."""
+    subset = "num_repeats = 3\nflip_aug = true\nshuffle_caption = true\nkeep_tokens = 1\ncaption_dropout_rate = 0.1"
+    return write_dataset(tmp_path_factory.mktemp("dataset") / "photos.toml", subset=subset)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twelve_updates_are_five_and_seven(tiny_model: Path, photos: Path, tmp_path: Path, case: str) -> None:
+    more = f"{LENGTH} {CASES[case]}"
+    whole = train(tiny_model, photos, tmp_path / "whole", f"{more} --logging_dir {tmp_path / 'logs0'}")
+    # The five updates are the beginning of the same training: its end, and so its schedule, is at twelve.
+    half = tmp_path / "half"
+    train(tiny_model, photos, half, f"{more} --save_every_n_steps 5 --save_state")
+    shutil.rmtree(half / "lora-step00000010-state")
+    (half / "lora-step00000010.safetensors").unlink()
+    resumed = train(
+        tiny_model, photos, tmp_path / "half2",
+        f"{more} --resume {half / 'lora-step00000005-state'} --save_every_n_steps 5 --logging_dir {tmp_path / 'logs1'}",
+    )  # fmt: skip
+    assert differences(whole, resumed) == []
+    assert metadata(resumed) == metadata(whole)
+    assert metadata(resumed)["ss_steps"] == "12"
+    steps = sorted(path.name for path in resumed.parent.glob("*.safetensors"))
+    assert steps == ["lora-step00000010.safetensors", "lora.safetensors"]
+
+    first, second = scalars(tmp_path / "logs0"), scalars(tmp_path / "logs1")
+    aside = ("samples_per_second",)
+    assert {tag for tag in first if tag not in aside} == {tag for tag in second if tag not in aside}
+    for tag, points in second.items():
+        if tag not in aside:
+            assert points == [(step, value) for step, value in first[tag] if (step, value) in points or step > 5]
+    assert [step for step, _ in second["loss/average"]] == list(range(6, 13))
+
+
+def test_a_shorter_first_run_and_latest_twice(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # With a constant rate the end does not matter: 4 updates, then to 9 and to 12, each time from the newest state.
+    more = "--train_batch_size 2 --optimizer_type Prodigy --learning_rate 1"
+    whole = train(tiny_model, photos, tmp_path / "whole", f"{more} --max_train_steps 12")
+    parts = tmp_path / "parts"
+    train(tiny_model, photos, parts, f"{more} --max_train_steps 4 --save_state_on_train_end")
+    capsys.readouterr()
+    train(tiny_model, photos, parts, f"{more} --max_train_steps 9 --resume latest --save_every_n_steps 3 --save_state")
+    assert f"resumed {parts / 'lora-state'} at step 4 of 9" in capsys.readouterr().out
+    assert {path.name for path in parts.glob("*-state")} == {
+        "lora-state", "lora-step00000006-state", "lora-step00000009-state"
+    }  # fmt: skip
+    (parts / "lora-step00000009-state" / "manifest.json").unlink()
+    shutil.rmtree(parts / "lora-state")
+    last = train(tiny_model, photos, parts, f"{more} --max_train_steps 12 --resume latest")
+    assert f"resumed {parts / 'lora-step00000006-state'} at step 6 of 12" in capsys.readouterr().out
+    assert differences(whole, last) == []
+    assert metadata(whole) == metadata(last)
+
+
+def test_a_state_that_was_tampered_with_is_refused(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_model, photos, tmp_path, "--max_train_steps 1 --save_state")
+    file = tmp_path / "lora-state" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    more = f"--max_train_steps 2 --resume {tmp_path / 'lora-state'}"
+    assert main(words(tiny_model, photos, tmp_path, more)) == 3
+    assert f"{file}: differs from what was saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "rule"),
+    [
+        ("--seed 4", "was trained with 3"),
+        ("--network_dim 8", "--network_dim makes it"),
+        ("--network_alpha 2", "--network_alpha is 2"),
+        ("--network_train_unet_only", "is not part of this network"),
+        ("--optimizer_type Prodigy", "optimizer"),
+        ("--optimizer_type Lion", "optimizer"),
+        ("--mixed_precision fp16", "mixed_precision"),
+    ],
+)
+def test_what_a_state_does_not_fit_is_refused(
+    tiny_model: Path, photos: Path, state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, rule: str
+) -> None:
+    code = main(words(tiny_model, photos, tmp_path, f"--max_train_steps 2 --resume {state}") + more.split())
+    assert code in (2, 3)
+    assert rule in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def state(tiny_model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state after one update."""
+    folder = tmp_path_factory.mktemp("run")
+    train(tiny_model, photos, folder, "--max_train_steps 1 --save_state")
+    return folder / "lora-state"
+
+
+def test_control_c_saves_and_says_how_to_go_on(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+    more = "--max_train_steps 30 --lr_scheduler cosine --save_every_n_steps 3"
+    arguments = words(tiny_model, photos, tmp_path / "stopped", more)
+    with subprocess.Popen(
+        command("sd_train.train_network", *arguments), env=environment(), text=True, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("saved ") and "step00000003" in line:
+                process.send_signal(signal.SIGINT)
+    said = "".join(lines)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert "stopping after this update" in said
+    stopped = re.search(r"stopped at step (\d+); go on with (--resume (\S+))", said)
+    assert stopped is not None
+    step = int(stopped[1])
+    assert 3 <= step < 30
+    assert Path(stopped[3]).is_dir()
+    model = tmp_path / "stopped" / f"lora-step{step:08d}.safetensors"
+    assert metadata(model)["ss_steps"] == str(step)
+
+    manifest = json.loads((Path(stopped[3]) / "manifest.json").read_text())
+    assert manifest["step"] == step
+
+    resumed = train(tiny_model, photos, tmp_path / "stopped", f"{more} {stopped[2]}")
+    whole = train(tiny_model, photos, tmp_path / "whole", more)
+    assert differences(resumed, whole) == []
+    assert metadata(resumed) == metadata(whole)
