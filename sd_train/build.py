@@ -30,7 +30,7 @@ from sd_train.metadata import RunFacts, build_metadata, describe_base
 from sd_train.objectives.denoise import Denoise
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.optim.schedules import make_schedule
-from sd_train.plan import Prepared, describe, describe_batches, prepare
+from sd_train.plan import Prepared, describe, describe_batches, draw_function, prepare
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line
 from sd_train.trainables.lora import Lora, LoraSettings
@@ -141,6 +141,7 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     params = [parameter for group in groups for parameter in group.params.values()]
     updater = Updater(device, optimizer, params, config.optimizer.max_grad_norm)
     say(f"model: {config.model.pretrained_model_name_or_path}; {_count(lora)}")
+    prepared.updates.draw = draw_function(progress.seed, family.latent)
     if config.dataset.cache_latents:
         prepared.updates.cache = _cached(prepared, family)
     report = Report(

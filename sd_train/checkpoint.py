@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_train.errors import ConfigError, DataError, RunError
+from sd_train.errors import ConfigError, DataError, ModelError, RunError
 from sd_train.files import sha256, write_folder
 from sd_train.report import Report
 from sd_train.trainables.base import ParamGroup, Trainable
@@ -115,7 +115,7 @@ def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any
     names = [name for group in parts.groups for name in group.params]
     saved = parts.optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {"state": {}, "groups": []}
+    plain: dict[str, Any] = {"optimizer": type(parts.optimizer).__name__, "state": {}, "groups": []}
     for number, values in saved["state"].items():
         name = names[number]
         plain["state"][name] = {}
@@ -238,6 +238,7 @@ def load_state(path: Path, parts: StateParts) -> ResumedFrom:
     """Put back the state at `path`.
 
     Raises:
+        ConfigError: if it belongs to another optimizer.
         DataError: if it is broken or was trained on another base model.
         ModelError: if the trainable weights do not fit this configuration.
     """
@@ -251,12 +252,25 @@ def load_state(path: Path, parts: StateParts) -> ResumedFrom:
         )
     plain = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
     stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    if plain["optimizer"] != (ours := type(parts.optimizer).__name__):
+        raise ConfigError(
+            f"--optimizer_type = {ours}: the state at {path} is one of {plain['optimizer']}; give that, or start anew "
+            "from the saved file with --network_weights"
+        )
     if set(plain["state"]) - {name for group in parts.groups for name in group.params}:
-        raise DataError(f"--resume = {path}: holds parameters that this configuration does not train")
-    parts.trainable.load(load_file(path / "trainable.safetensors"))
+        raise DataError(
+            f"--resume = {path}: holds parameters that this configuration does not train; give the options of the "
+            f"network and the learning rates as they stand in {path / 'config.toml'}"
+        )
+    try:
+        parts.trainable.load(load_file(path / "trainable.safetensors"))
+    except ModelError as problem:
+        raise ModelError(f"--resume = {path}: {problem}") from None
     load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
     for name, (_, restore) in parts.extras.items():
-        restore(stored["extras"][name])
+        # A change of precision is allowed: the state of a run without scaled gradients has no scale.
+        if name in stored["extras"]:
+            restore(stored["extras"][name])
     config_text = (path / "config.toml").read_text(encoding="utf-8")
     return ResumedFrom(path, Progress(**stored["progress"]), config_text)
 

@@ -12,13 +12,14 @@ from typing import TypeVar
 
 from sd_train.checkpoint import FileNames, find_state, read_progress
 from sd_train.config.options import RunConfig
-from sd_train.data.batches import BatchSettings, Updates
+from sd_train.data.batches import BatchSettings, Draw, Updates
 from sd_train.data.config import load_dataset_config
 from sd_train.data.index import ImageIndex, build_index
 from sd_train.data.settings import DatasetConfig
 from sd_train.device import Device, open_device
-from sd_train.diffusion.schedule import Draws, draw
+from sd_train.diffusion.schedule import TIMESTEPS, Draws, draw
 from sd_train.errors import ConfigError, UserError
+from sd_train.families.base import LatentSpec
 from sd_train.families.sd import StableDiffusion1, check_source
 from sd_train.metadata import now
 from sd_train.optim.optimizers import check_arguments
@@ -278,10 +279,15 @@ def _make_updates(
         rank=device.rank,
         world=device.world,
     )
-    model = StableDiffusion1
+    # The shape of the published models' latents; the loaded model's own takes its place.
+    drawn = draw_function(seed, StableDiffusion1.published_latent)
+    return Updates(indexes, [dataset.batch_size for dataset in datasets], settings, drawn)
+
+
+def draw_function(seed: int, latent: LatentSpec) -> Draw:
+    """Noise and timesteps for latents of `latent`."""
 
     def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
-        shape = (model.channels, height // model.factor, width // model.factor)
-        return draw(seed, step, places, shape, model.timesteps)
+        return draw(seed, step, places, latent.shape(width, height), TIMESTEPS)
 
-    return Updates(indexes, [dataset.batch_size for dataset in datasets], settings, drawn)
+    return drawn

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -31,13 +30,16 @@ CLOCKS = ("ss_training_started_at", "ss_training_finished_at", "modelspec.date")
 TIMESTEPS = (50, 250, 450, 650, 850)
 
 
-def write_dataset(path: Path, dataset: str = "", subset: str = "") -> Path:
-    """A dataset file over the photographs at 96 pixels, in buckets of 64x64, 128x64 and 64x128; more keys as TOML."""
+def write_dataset(path: Path, dataset: str = "", subset: str = "", size: int = 64) -> Path:
+    """A dataset file over the photographs, with more keys as TOML.
+
+    At 64 pixels all of them are squares, at 96 they lie in three buckets of 64x64, 128x64 and 64x128.
+    """
     path.write_text(
         f"""[general]
 caption_extension = ".txt"
 [[datasets]]
-resolution = 96
+resolution = {size}
 enable_bucket = true
 min_bucket_reso = 64
 max_bucket_reso = 128
@@ -164,7 +166,7 @@ def _role(name: str) -> str:
     return "unet" if name.startswith("lora_unet_") else "text_encoder"
 
 
-def scalars(log_dir: Path) -> Mapping[str, list[tuple[int, float]]]:
+def scalars(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """Every curve of the only TensorBoard log below `log_dir`: (step, value) in order."""
     (events,) = {path.parent for path in log_dir.rglob("events.out.tfevents.*")}
     found = EventAccumulator(str(events), size_guidance={"scalars": 0, "images": 0})

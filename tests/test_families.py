@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,19 +226,22 @@ def test_truncated_files_are_refused(suffix: str, length: int, full_file: Path, 
 class Malicious:
     """Unpickling this would create a file."""
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    def __init__(self, target: Path, function: Callable[..., Any]) -> None:
+        self.target, self.function = target, function
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.target), "w")
+        arguments = (str(self.target), "w") if self.function is open else (f"echo > {self.target}",)
+        return self.function, arguments
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_inside_a_pickle_never_runs(zipped: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("function", [open, os.system, exec, Path], ids=["open", "system", "exec", "Path"])
+def test_code_inside_a_pickle_never_runs(function: Callable[..., Any], zipped: bool, tmp_path: Path) -> None:
     target, path = tmp_path / "executed", tmp_path / "model.ckpt"
-    content = {"state_dict": {"x": torch.zeros(2)}, "callbacks": Malicious(target)}
+    content = {"state_dict": {"x": torch.zeros(2)}, "callbacks": Malicious(target, function)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ModelError, match=r"Python objects.*\(Unsupported global: GLOBAL _?io\.open\).*convert the file to \.safetensors") as caught:
+    reason = rf"Python objects.*{function.__name__}\); convert the file to \.safetensors"
+    with pytest.raises(ModelError, match=reason) as caught:
         load_sd1(path)
     assert str(path) in str(caught.value)
     assert not target.exists()

@@ -70,7 +70,7 @@ class Updates:
         draw: Draw,
     ) -> None:
         self.indexes, self.batch_sizes, self.settings = indexes, batch_sizes, settings
-        self._draw = draw
+        self.draw = draw
         self.cache: MemoryCache | None = None
         """Where rows come from instead of pixels, once it is filled."""
         self._samples: list[tuple[np.ndarray, np.ndarray]] = []
@@ -161,7 +161,7 @@ class Updates:
         ]
         width, height = records[0].bucket
         places = range(task.first_place, task.first_place + len(records))
-        draws = self._draw(task.step, places, width, height)
+        draws = self.draw(task.step, places, width, height)
         pixels = images = None
         if self.cache is None:
             pictures = [

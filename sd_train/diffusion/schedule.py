@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sd_train.randomness import derive
 
+TIMESTEPS = 1000
+"""Of every published Stable Diffusion model."""
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -19,7 +22,9 @@ class NoiseSchedule:
     alphas_cumprod: Tensor
 
     @classmethod
-    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = 1000) -> NoiseSchedule:
+    def scaled_linear(
+        cls, beta_start: float = 0.00085, beta_end: float = 0.012, steps: int = TIMESTEPS
+    ) -> NoiseSchedule:
         """Betas that are linear in their square roots (Rombach et al. 2022): Stable Diffusion's schedule."""
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float32) ** 2
         return cls(torch.cumprod(1.0 - betas, dim=0))

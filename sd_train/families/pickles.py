@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sd_train.errors import ModelError
 
+_FOREIGN = re.compile(r"(?:unsupported (?:global|class)|can only)[^\n]*?(?= was not| whose|\. |$)", re.I | re.M)
+"""What torch says of anything in a pickle that is no tensor and no plain value."""
+
 
 def _first_bytes(path: Path, count: int) -> bytes:
     with path.open("rb") as file:
@@ -32,7 +35,7 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
             raise ModelError(broken % "the archive has no end")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as problem:
-        found = re.search(r"Unsupported (?:global|class).*?(?=\. | was not|$)", str(problem), re.IGNORECASE | re.MULTILINE)
+        found = _FOREIGN.search(str(problem))
         if found is None:
             raise ModelError(broken % "no weights in it can be read") from None
         raise ModelError(

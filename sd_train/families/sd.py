@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sd_train.config.textfile import read_text
 from sd_train.diffusion.schedule import NoiseSchedule
 from sd_train.errors import ModelError
 from sd_train.families.base import LatentSpec
@@ -36,7 +38,7 @@ from sd_train.types import Conditioning, Geometry
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 
 class StableDiffusion1:
@@ -46,20 +48,27 @@ class StableDiffusion1:
     base_version = "sd_v1"
     architecture = "stable-diffusion-v1"
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    timesteps = 1000
-    channels, factor = 4, 8
-    """Of the latents; every SD 1.x autoencoder has these."""
+    published_latent = LatentSpec(4, 8, 0.18215, "sd1")
+    """Of every published model; a loaded one tells its own."""
 
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer | None = None,
+    ) -> None:
+        """`tokenizer` None is CLIP's published one."""
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         for network in (unet, vae, text_encoder):
             network.requires_grad_(False).eval()
         self.networks: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
-        self.tokenizer = ChunkTokenizer(load_clip_tokenizer("<|endoftext|>"))
+        self.tokenizer = ChunkTokenizer(tokenizer or load_clip_tokenizer("<|endoftext|>"))
         self.clip_skip: int | None = None
         self.chunks = 1
         self.schedule = NoiseSchedule.scaled_linear()
-        self.latent = LatentSpec(self.channels, self.factor, vae.config["scaling_factor"], "sd1")
+        factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.latent = LatentSpec(vae.config["latent_channels"], factor, vae.config["scaling_factor"], "sd1")
 
     def configure(self, clip_skip: int | None, max_token_length: int | None) -> None:
         """How captions are encoded: `--clip_skip` and `--max_token_length` (75, 150 or 225 tokens).
@@ -218,7 +227,6 @@ def assemble(parts: SdParts, source: Path) -> StableDiffusion1:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     _check_vocabulary(parts.text_config["vocab_size"], source)
-    _check_autoencoder(parts.vae_config, source)
     unet = UNet2DConditionModel.from_config(parts.unet_config)
     vae = AutoencoderKL.from_config(parts.vae_config)
     text_encoder = CLIPTextModel(CLIPTextConfig(**parts.text_config))
@@ -248,15 +256,6 @@ def _check_vocabulary(size: int, source: Path) -> None:
         )
 
 
-def _check_autoencoder(config: Mapping[str, Any], source: Path) -> None:
-    factor, channels = 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
-    if (factor, channels) != (StableDiffusion1.factor, StableDiffusion1.channels):
-        raise ModelError(
-            f"--pretrained_model_name_or_path = {source}: the VAE shrinks {factor} times to {channels} channels, "
-            f"Stable Diffusion's {StableDiffusion1.factor} times to {StableDiffusion1.channels}; give another model"
-        )
-
-
 def _load_folder(source: Path) -> StableDiffusion1:
     import diffusers.utils.logging
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -276,10 +275,30 @@ def _load_folder(source: Path) -> StableDiffusion1:
     vae = _load_part(AutoencoderKL, source, "vae")
     text_encoder = _load_part(CLIPTextModel, source, "text_encoder")
     _check_family(unet.config, source)
-    _check_vocabulary(text_encoder.config.vocab_size, source)
-    _check_autoencoder(vae.config, source)
+    tokenizer = None if text_encoder.config.vocab_size == VOCABULARY else _folder_tokenizer(source, text_encoder)
     # Folders are often stored in half precision; what is trained on top is decided by --mixed_precision.
-    return StableDiffusion1(unet.float(), vae.float(), text_encoder.float())
+    return StableDiffusion1(unet.float(), vae.float(), text_encoder.float(), tokenizer)
+
+
+def _folder_tokenizer(source: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:
+    """The tokenizer that belongs to a text encoder with a vocabulary of its own, for instance with added tokens."""
+    from transformers import CLIPTokenizer
+
+    size = text_encoder.config.vocab_size
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, TypeError) as problem:
+        reason = " ".join(str(problem).split())[:200]
+        raise ModelError(
+            f"--pretrained_model_name_or_path = {source}: the text encoder knows {size} tokens instead of CLIP's "
+            f"{VOCABULARY}, and the tokenizer folder that belongs to it cannot be read: {reason}"
+        ) from None
+    if len(tokenizer) > size:
+        raise ModelError(
+            f"--pretrained_model_name_or_path = {source}: the tokenizer has {len(tokenizer)} tokens, the text encoder "
+            f"{size}; they do not belong together"
+        )
+    return tokenizer
 
 
 def _load_part(kind: Any, source: Path, name: str) -> Any:
@@ -300,7 +319,11 @@ def _load_part(kind: Any, source: Path, name: str) -> Any:
 
 
 def _check_family(unet: Mapping[str, Any], source: Path) -> None:
-    if unet.get("use_linear_projection"):
+    scheduler = source / "scheduler" / "scheduler_config.json"
+    prediction = json.loads(read_text(scheduler, ModelError)).get("prediction_type") if scheduler.is_file() else None
+    if prediction not in (None, "epsilon"):
+        kind = f"trained for {prediction} (its scheduler says so), and only epsilon is supported yet"
+    elif unet.get("use_linear_projection"):
         kind = "a Stable Diffusion 2.x model, and 2.x is not yet supported"
     elif unet["in_channels"] != published_config("unet")["in_channels"]:
         kind = f"a U-Net with {unet['in_channels']} input channels (inpainting?), and only 4 are supported yet"
