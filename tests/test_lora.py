@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_diffusers_makes_our_picture_from_our_file(
     assert np.abs(ours - base).mean() > 0.02
 
 
-def test_saving_and_loading_gives_the_same_prediction(tiny_folder: Path, family: StableDiffusion1, tmp_path: Path) -> None:
+def test_a_loaded_file_predicts_the_same(tiny_folder: Path, family: StableDiffusion1, tmp_path: Path) -> None:
     lora = installed(family)
     randomise(lora, 0.2)
     lora.save(tmp_path / "lora.safetensors", {})
@@ -267,9 +268,11 @@ def test_inference_mode_ends_also_after_an_error(family: StableDiffusion1) -> No
     with torch.no_grad():
         dropped = predict(family)
         for switch in (lora.for_inference, lora.disabled):
-            with pytest.raises(ValueError, match="stop"), switch():
-                assert not torch.equal(predict(family), dropped)
+            seen: list[Tensor] = []
+            with suppress(ValueError), switch():
+                seen.append(predict(family))
                 raise ValueError("stop")
+            assert not torch.equal(seen[0], dropped)
             assert torch.equal(predict(family), dropped)
 
 
@@ -299,7 +302,10 @@ def test_gradient_checkpointing_gives_equal_gradients(tiny_folder: Path) -> None
             family.text_encoder.train()
         found.append(gradients(lora, family))
     assert_equal_tensors(*found)
-    assert all(tensor.abs().sum() > 0 for tensor in found[0].values())
+    # Self-attention over the one pixel of the middle block has nothing to weigh: no gradients for its q and k.
+    silent = {name.partition(".")[0] for name, tensor in found[0].items() if not tensor.any()}
+    middle = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
+    assert silent == {f"{middle}q", f"{middle}k"}
 
 
 # Loading is strict
