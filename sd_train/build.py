@@ -16,11 +16,11 @@ from sd_train.checkpoint import (
     StateParts,
     load_state,
 )
-from sd_train.config.dump import changed_options, dump_toml
+from sd_train.config.dump import changed_options, dump_toml, with_seed
 from sd_train.config.options import RunConfig
 from sd_train.data.cache import MemoryCache
 from sd_train.device import DTYPES, Updater
-from sd_train.errors import ModelError, RunError
+from sd_train.errors import DataError, ModelError, RunError
 from sd_train.families.checkpoints import read_tensors
 from sd_train.families.sd import StableDiffusion1, load_sd1
 from sd_train.files import write_text
@@ -154,7 +154,7 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     extras: dict[str, Extra] = {"report": (report.state, report.load)}
     if updater.scaler is not None:
         extras["scaler"] = (updater.scaler.state, updater.scaler.load)
-    parts = StateParts(lora, groups, optimizer, extras, dump_toml(config), digest)
+    parts = StateParts(lora, groups, optimizer, extras, dump_toml(with_seed(config, progress.seed)), digest)
     if prepared.resume is not None:
         resumed = load_state(prepared.resume, parts)
         progress = resumed.progress
@@ -202,7 +202,13 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
             progress, plan.total_steps, prepared.updates, objective, lora, groups, schedule, updater, report,
             preview if prepared.prompts else None, checkpoint, guard,
         )  # fmt: skip
-        train(training)
+        try:
+            train(training)
+        except (DataError, torch.OutOfMemoryError):
+            # Both come before the optimizer's step: the weights are those of the last whole update.
+            if progress.step:
+                checkpoint.interrupted(progress)
+            raise
     device.close()
     return 0
 

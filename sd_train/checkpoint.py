@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sd_train.errors import ConfigError, DataError, ModelError, RunError
-from sd_train.files import sha256, write_folder
+from sd_train.files import put_tensors, sha256, write_folder
 from sd_train.report import Report
 from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.types import Progress
@@ -157,16 +157,12 @@ def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain
 
 def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
     """Write a state folder; the manifest with sizes and hashes seals it."""
-    from safetensors.torch import save_file
-
     tensors, plain = optimizer_state(parts)
     extras = {name: read() for name, (read, _) in parts.extras.items()}
 
     def fill(folder: Path) -> None:
-        trainable = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.trainable.tensors().items()}
-        save_file(trainable, folder / "trainable.safetensors")
-        moved = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(moved, folder / "optimizer.safetensors")
+        put_tensors(folder / "trainable.safetensors", parts.trainable.tensors())
+        put_tensors(folder / "optimizer.safetensors", tensors)
         texts = {
             "optimizer.json": json.dumps(plain),
             "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),
@@ -189,14 +185,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        if manifest["format"] != FORMAT:
-            raise DataError(f"{path}: state format {manifest['format']}, this version reads {FORMAT}")
-    except (OSError, ValueError, KeyError):
+        version, _, _ = int(manifest["format"]), int(manifest["step"]), str(manifest["base_model"])
+        files = {path / name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: is no sealed state (no readable {MANIFEST}); choose another state") from None
-    for name, facts in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != facts["size"] or sha256(file) != facts["sha256"]:
+    if version != FORMAT:
+        raise DataError(f"{path}: state format {version}, this version reads {FORMAT}; choose another state")
+    for file, (size, digest) in files.items():
+        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
             raise DataError(f"{file}: differs from what was saved; choose another state")
     return manifest
 

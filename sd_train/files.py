@@ -42,13 +42,20 @@ def _umask() -> int:
     return mask
 
 
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise RunError(f"{path}: cannot be made ({problem}); choose another --output_dir") from None
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there in one step.
 
     Raises:
         RunError: if the disk refuses; nothing half-written stays behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -73,10 +80,24 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all; tensors may be views and on any device."""
+    write_whole(path, lambda temporary: put_tensors(temporary, tensors, metadata))
+
+
+def put_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file directly, for use inside `write_whole` and `write_folder`.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(plain, temporary, dict(metadata) if metadata else None))
+    try:
+        save_file(plain, path, dict(metadata) if metadata else None)
+    except SafetensorError as problem:
+        # The library has its own error for a full disk.
+        raise OSError(str(problem)) from None
 
 
 def write_network(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -103,7 +124,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         RunError: if the disk refuses; an old `path` is then still whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)

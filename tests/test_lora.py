@@ -166,14 +166,15 @@ def test_diffusers_makes_our_picture_from_our_file(
 ) -> None:
     base = our_picture(family)
     lora = installed(family, alpha=1.0, rates={role: 1e-4 for role in roles})
-    randomise(lora, 0.3)
+    randomise(lora, 1.0)
     ours = our_picture(family)
     lora.save(tmp_path / "lora.safetensors", {"ss_network_dim": "4"})
     theirs = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True, safety_checker=None)
     assert np.abs(pictures(theirs, prompt=PROMPT, negative_prompt=NEGATIVE) - base).mean() < 1e-5
     theirs.load_lora_weights(tmp_path / "lora.safetensors")
     assert np.abs(pictures(theirs, prompt=PROMPT, negative_prompt=NEGATIVE) - ours).mean() < 1e-5
-    assert np.abs(ours - base).mean() > 0.02
+    # Of pictures in [0, 1] with a standard deviation of 0.15.
+    assert np.abs(ours - base).mean() > (0.02 if "unet" in roles else 0.004)
 
 
 def test_a_loaded_file_predicts_the_same(tiny_folder: Path, family: StableDiffusion1, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sd_train.config.catalogue import options
@@ -39,6 +40,11 @@ def changed_options(before: str, after: str) -> list[str]:
         for name in names
         if old.get(name) != new.get(name)
     ]
+
+
+def with_seed(config: RunConfig, seed: int) -> RunConfig:
+    """`config` with the seed that was drawn, so that its text repeats the run."""
+    return replace(config, training=config.training.model_copy(update={"seed": seed}))
 
 
 def non_default_names(config: RunConfig) -> list[str]:
