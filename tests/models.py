@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 from functools import cache
@@ -51,6 +52,12 @@ def write_ckpt(path: Path, tensors: dict[str, Tensor], *, zipped: bool = True) -
 @cache
 def _tiny() -> StableDiffusion1:
     return make_tiny_model(SEED)
+
+
+def fresh_tiny() -> StableDiffusion1:
+    """The weights of `write_folder`, in a model of the caller's own."""
+    model = _tiny()
+    return StableDiffusion1(*(copy.deepcopy(part) for part in (model.unet, model.vae, model.text_encoder)))
 
 
 def original_tensors() -> dict[str, Tensor]:

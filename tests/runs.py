@@ -20,8 +20,8 @@ from sd_train.data.index import ImageIndex, build_index
 from sd_train.device import Device
 from sd_train.families.sd import load_sd1
 from sd_train.objectives.denoise import Denoise
-from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.train_network import main
+from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.types import Batch
 
 PHOTOS = Path(sd_train.demo.__file__).parent / "photos"
@@ -56,7 +56,8 @@ def words(model: Path, dataset: Path, output: Path, more: str) -> list[str]:
     """The command line of a run, without the program; `more` is split at blanks, its options count before these."""
     return [
         *("--pretrained_model_name_or_path", str(model), "--dataset_config", str(dataset), "--output_dir", str(output)),
-        *"--output_name lora --seed 3 --network_dim 4 --network_alpha 4 --learning_rate 1e-3 --max_data_loader_n_workers 0".split(),
+        *"--output_name lora --seed 3 --network_dim 4 --network_alpha 4 --learning_rate 1e-3".split(),
+        *("--max_data_loader_n_workers", "0"),
         *more.split(),
     ]
 

@@ -29,12 +29,11 @@ from sd_train.checkpoint import (
     save_state,
 )
 from sd_train.errors import ConfigError, DataError, ModelError, RunError, UserError
-from sd_train.families.sd import load_sd1
 from sd_train.files import sha256, write_folder, write_network, write_tensors, write_text, write_whole
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.types import Progress
-from tests.models import assert_equal_tensors
+from tests.models import assert_equal_tensors, fresh_tiny
 
 posix = pytest.mark.skipif(os.name != "posix", reason="permission bits")
 
@@ -225,8 +224,8 @@ Make = Callable[..., StateParts]
 
 
 @pytest.fixture(scope="module")
-def make_parts(tiny_folder: Path) -> Make:
-    family = load_sd1(tiny_folder)
+def make_parts() -> Make:
+    family = fresh_tiny()
 
     def make(*, rank: int = 1, rates: dict[str, float] | None = None, optimizer: str = "adamw") -> StateParts:
         lora = Lora(LoraSettings(rank, 1.0, 0.0, rates or {"text_encoder": 1e-3}, seed=1))

@@ -19,18 +19,18 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sd_train.errors import ModelError
 from sd_train.families.checkpoints import published_config
-from sd_train.families.sd import StableDiffusion1, load_sd1
+from sd_train.families.sd import StableDiffusion1
 from sd_train.trainables.lora import Lora, LoraModule, LoraSettings
 from sd_train.types import Batch, Update
-from tests.models import DATA, all_tensors, assert_equal_tensors, golden
+from tests.models import DATA, all_tensors, assert_equal_tensors, fresh_tiny, golden
 
 BOTH = {"unet": 1e-4, "text_encoder": 5e-5}
 SETTINGS = LoraSettings(rank=4, alpha=2.0, dropout=0.0, rates=BOTH, seed=3)
 
 
 @pytest.fixture
-def family(tiny_folder: Path) -> StableDiffusion1:
-    return load_sd1(tiny_folder)
+def family() -> StableDiffusion1:
+    return fresh_tiny()
 
 
 def installed(family: StableDiffusion1, **changes: Any) -> Lora:
@@ -125,17 +125,17 @@ def test_untrained_it_changes_nothing_to_the_bit(family: StableDiffusion1) -> No
     assert_equal_tensors(all_tensors(family), weights)
 
 
-def test_the_same_seed_gives_the_same_factors(tiny_folder: Path) -> None:
-    first, again = (installed(load_sd1(tiny_folder)).tensors() for _ in range(2))
+def test_the_same_seed_gives_the_same_factors() -> None:
+    first, again = (installed(fresh_tiny()).tensors() for _ in range(2))
     assert_equal_tensors(first, again)
-    other = installed(load_sd1(tiny_folder), seed=4).tensors()
+    other = installed(fresh_tiny(), seed=4).tensors()
     key = next(name for name in first if "lora_down" in name)
     assert not torch.equal(first[key], other[key])
-    alone = installed(load_sd1(tiny_folder), rates={"unet": 1.0}).tensors()
+    alone = installed(fresh_tiny(), rates={"unet": 1.0}).tensors()
     assert all(torch.equal(tensor, first[name]) for name, tensor in alone.items())
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    installed(load_sd1(tiny_folder))
+    installed(fresh_tiny())
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -177,11 +177,11 @@ def test_diffusers_makes_our_picture_from_our_file(
     assert np.abs(ours - base).mean() > (0.02 if "unet" in roles else 0.004)
 
 
-def test_a_loaded_file_predicts_the_same(tiny_folder: Path, family: StableDiffusion1, tmp_path: Path) -> None:
+def test_a_loaded_file_predicts_the_same(family: StableDiffusion1, tmp_path: Path) -> None:
     lora = installed(family)
     randomise(lora, 0.2)
     lora.save(tmp_path / "lora.safetensors", {})
-    other_family = load_sd1(tiny_folder)
+    other_family = fresh_tiny()
     other = installed(other_family, seed=99)
     other.load(load_file(tmp_path / "lora.safetensors"))
     assert_equal_tensors(other.tensors(), lora.tensors())
@@ -289,10 +289,11 @@ def test_dropout_keeps_the_mean_and_zeroes_its_part() -> None:
     assert values[values != 0].unique().tolist() == pytest.approx([1 / 0.75])
 
 
-def test_gradient_checkpointing_gives_equal_gradients(tiny_folder: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_gradient_checkpointing_gives_equal_gradients() -> None:
     found: list[dict[str, Tensor]] = []
     for checkpointed in (False, True):
-        family = load_sd1(tiny_folder)
+        family = fresh_tiny()
         lora = installed(family, dropout=0.3)
         randomise(lora, 0.1)
         counters(lora, 5, 1)

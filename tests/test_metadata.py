@@ -138,9 +138,7 @@ def test_values_equal_sd_scripts(key: str, written: dict[str, str]) -> None:
         assert written[key] == OTHERWISE.get(key, METADATA[key])
 
 
-def test_the_clock_can_be_fixed(
-    config: RunConfig, facts: RunFacts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_clock_can_be_fixed(config: RunConfig, facts: RunFacts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     monkeypatch.setenv("TZ", "America/New_York")
     first = build_metadata(config, facts, {}, PROGRESS)
@@ -174,7 +172,8 @@ def test_a_files_name_and_hashes(tmp_path: Path) -> None:
 
 def test_other_settings_are_written(folder: Path) -> None:
     arguments = "--clip_skip 2 --max_token_length 150 --network_dropout 0.1 --lr_scheduler cosine --lr_warmup_steps 1"
-    config = configure(folder, *arguments.split(), "--metadata_usage_hint", "naïve 猫", "--metadata_trigger_phrase", "sks")
+    texts = ("--metadata_usage_hint", "naïve 猫", "--metadata_trigger_phrase", "sks")
+    config = configure(folder, *arguments.split(), *texts)
     found = build_metadata(config, dataclasses.replace(facts_of(config), optimizer="a.B(c=1)"), {}, PROGRESS)
     expected = {
         "ss_clip_skip": "2",
@@ -207,8 +206,8 @@ def test_folders_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> Non
     text = (folder / "ds256.toml").read_text()
     text += f'\n  [[datasets.subsets]]\n  image_dir = "{second.as_posix()}"\n  num_repeats = 5\n'
     (tmp_path / "ds.toml").write_text(text)
-    found = build_metadata(config := configure(folder, "--dataset_config", str(tmp_path / "ds.toml")),
-                           facts_of(config), {}, PROGRESS)  # fmt: skip
+    config = configure(folder, "--dataset_config", str(tmp_path / "ds.toml"))
+    found = build_metadata(config, facts_of(config), {}, PROGRESS)
     assert json.loads(found["ss_dataset_dirs"]) == {
         "img": {"n_repeats": 2, "img_count": 24},
         "img (2)": {"n_repeats": 5, "img_count": 1},

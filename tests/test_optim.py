@@ -351,8 +351,9 @@ def test_gradients_are_summed_over_processes(tmp_path: Path) -> None:
     script, root = tmp_path / "rank.py", Path(__file__).parents[1]
     script.write_text(RANK)
     environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(script)]
     running = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path / "store"), str(target)], env=environment)
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(target)], env=environment)
         for rank, target in enumerate(targets)
     ]
     assert [process.wait(timeout=120) for process in running] == [0, 0]

@@ -274,7 +274,7 @@ def _load_folder(source: Path) -> StableDiffusion1:
     unet = _load_part(UNet2DConditionModel, source, "unet")
     vae = _load_part(AutoencoderKL, source, "vae")
     text_encoder = _load_part(CLIPTextModel, source, "text_encoder")
-    _check_family(unet.config, source)
+    _check_family(unet.config, vae.config, source)
     tokenizer = None if text_encoder.config.vocab_size == VOCABULARY else _folder_tokenizer(source, text_encoder)
     # Folders are often stored in half precision; what is trained on top is decided by --mixed_precision.
     return StableDiffusion1(unet.float(), vae.float(), text_encoder.float(), tokenizer)
@@ -318,15 +318,30 @@ def _load_part(kind: Any, source: Path, name: str) -> Any:
     return network
 
 
-def _check_family(unet: Mapping[str, Any], source: Path) -> None:
-    scheduler = source / "scheduler" / "scheduler_config.json"
-    prediction = json.loads(read_text(scheduler, ModelError)).get("prediction_type") if scheduler.is_file() else None
+def _prediction(scheduler: Path) -> str | None:
+    """What the folder's scheduler configuration says that the U-Net predicts."""
+    if not scheduler.is_file():
+        return None
+    try:
+        config = json.loads(read_text(scheduler, ModelError))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ModelError(f"{scheduler}: is no JSON table; download it again")
+    prediction: str | None = config.get("prediction_type")
+    return prediction
+
+
+def _check_family(unet: Mapping[str, Any], vae: Mapping[str, Any], source: Path) -> None:
+    prediction = _prediction(source / "scheduler" / "scheduler_config.json")
     if prediction not in (None, "epsilon"):
         kind = f"trained for {prediction} (its scheduler says so), and only epsilon is supported yet"
     elif unet.get("use_linear_projection"):
         kind = "a Stable Diffusion 2.x model, and 2.x is not yet supported"
     elif unet["in_channels"] != published_config("unet")["in_channels"]:
         kind = f"a U-Net with {unet['in_channels']} input channels (inpainting?), and only 4 are supported yet"
+    elif vae["latent_channels"] != unet["in_channels"]:
+        kind = f"no model: its VAE makes {vae['latent_channels']} channels, its U-Net takes {unet['in_channels']}"
     elif unet.get("time_cond_proj_dim") is not None:
         kind = "an LCM U-Net, and those are not yet supported"
     else:
