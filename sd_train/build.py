@@ -161,23 +161,53 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
         say(f"resumed {resumed.path} at step {progress.step} of {plan.total_steps}")
         for change in changed_options(resumed.config_text, parts.config_text):
             say(f"warning: changed since the state was saved: {change}")
-    base = describe_base(Path(config.model.pretrained_model_name_or_path)) if device.is_main else {}
-    facts = _facts(prepared, family, optimizer)
-    checkpoint = Checkpoint(
-        prepared.names,
-        Intervals(
-            config.saving.save_every_n_steps,
-            config.saving.save_every_n_epochs,
-            config.saving.save_state,
-            config.saving.save_state_on_train_end,
-        ),
-        parts,
-        lambda at: build_metadata(config, facts, base, at),
-        report,
-        plan.epochs,
-        device.is_main,
+    checkpoint = _make_checkpoint(prepared, family, parts, report)
+    preview = _make_preview(prepared, family, lora, report) if prepared.prompts else None
+    if device.is_main:
+        write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
+    objective = Denoise(family, lora, device)
+    agree = device.any if device.world > 1 else None
+    with report, Guard(report.message, agree) as guard:
+        training = Training(
+            progress, plan.total_steps, prepared.updates, objective, lora, groups, schedule, updater, report,
+            preview, checkpoint, guard,
+        )  # fmt: skip
+        try:
+            train(training)
+        except (DataError, torch.OutOfMemoryError):
+            # Both come before an optimizer's step (memory for its state is taken in the first one): the weights are
+            # those of the last whole update.
+            if progress.step:
+                checkpoint.interrupted(progress)
+            raise
+    device.close()
+    return 0
+
+
+def _make_checkpoint(
+    prepared: Prepared, family: StableDiffusion1, parts: StateParts, report: Report
+) -> Checkpoint:
+    config, is_main = prepared.config, prepared.device.is_main
+    base = describe_base(Path(config.model.pretrained_model_name_or_path)) if is_main else {}
+    facts = _facts(prepared, family, parts.optimizer)
+    saving = config.saving
+    intervals = Intervals(
+        saving.save_every_n_steps, saving.save_every_n_epochs, saving.save_state, saving.save_state_on_train_end
     )
-    preview = Preview(
+    return Checkpoint(
+        prepared.names,
+        intervals,
+        parts,
+        lambda progress: build_metadata(config, facts, base, progress),
+        report,
+        prepared.plan.epochs,
+        is_main,
+    )
+
+
+def _make_preview(prepared: Prepared, family: StableDiffusion1, lora: Lora, report: Report) -> Preview:
+    config, device = prepared.config, prepared.device
+    return Preview(
         family=family,
         prompts=prepared.prompts,
         sampler=config.sampling.sample_sampler,
@@ -188,29 +218,11 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
         at_first=config.sampling.sample_at_first,
         weights=lora,
         report=report,
-        seed=progress.seed,
+        seed=prepared.progress.seed,
         is_main=device.is_main,
-        start_step=progress.step,
+        start_step=prepared.progress.step,
         autocast=device.autocast,
     )
-    if device.is_main:
-        write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
-    objective = Denoise(family, lora, device)
-    agree = device.any if device.world > 1 else None
-    with report, Guard(report.message, agree) as guard:
-        training = Training(
-            progress, plan.total_steps, prepared.updates, objective, lora, groups, schedule, updater, report,
-            preview if prepared.prompts else None, checkpoint, guard,
-        )  # fmt: skip
-        try:
-            train(training)
-        except (DataError, torch.OutOfMemoryError):
-            # Both come before the optimizer's step: the weights are those of the last whole update.
-            if progress.step:
-                checkpoint.interrupted(progress)
-            raise
-    device.close()
-    return 0
 
 
 def _count(lora: Lora) -> str:

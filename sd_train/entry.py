@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,12 +24,17 @@ def guarded(action: Callable[[], int]) -> int:
 def train_command(command: str, argv: Sequence[str]) -> int:
     """Read the options of `command` and train."""
 
+    # Several OpenMP threads that spin while they wait become some ten times slower as soon as anything else runs on
+    # the same processors, the preparation of our own batches included.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     def action() -> int:
         # torch takes seconds to import: bad options and --help must not wait for it.
         from sd_train.config.parser import load_run_config
 
         loaded = load_run_config(command, argv)
-        for warning in loaded.warnings:
+        # Of several processes that a launcher started only the first one speaks.
+        for warning in loaded.warnings if os.environ.get("RANK", "0") == "0" else ():
             print(f"warning: {warning}", file=sys.stderr)
         from sd_train.build import run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -95,9 +96,28 @@ def put_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         save_file(plain, path, dict(metadata) if metadata else None)
+        _sort_metadata(path)
     except SafetensorError as problem:
         # The library has its own error for a full disk.
         raise OSError(str(problem)) from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file into order in place: the library leaves it to chance.
+
+    So the same content gives the same bytes (https://reproducible-builds.org).
+    """
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        # Both write JSON as short as it can be; should they ever differ, the file stays as it is.
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def write_network(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

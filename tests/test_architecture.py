@@ -65,7 +65,7 @@ LONG_FUNCTIONS = {"sd_train/loop.py:train": 200}
 MOST_PARAMETERS = 8
 LEAST_TESTS = 0.4
 PICKLES = "sd_train/families/pickles.py"
-PRINTS = ("sd_train/report*.py", "tools/*.py")
+PRINTS = ("sd_train/report*.py", "sd_train/config/parser.py", "tools/*.py")
 TOP_LEVEL = {"sd_train", "finetune", "tools", "tests", "pyproject.toml", "dataset_config.example.toml", "README.md"}
 TOP_LEVEL |= {"LICENSE", "constraints.txt"}
 
@@ -247,7 +247,7 @@ def forbidden(module: Module) -> list[str]:
         if module.path != PICKLES and (used := pickles & set(names)):
             found.append(f"{module.path}:{node.lineno}: {min(used)} belongs in {PICKLES} alone")
         if isinstance(node, ast.Name) and node.id == "print" and not may_print:
-            found.append(f"{module.path}:{node.lineno}: print belongs in commands/, the entry points and report.py")
+            found.append(f"{module.path}:{node.lineno}: print belongs in commands/, entry points, the parser and report.py")
     return found
 
 

@@ -70,7 +70,9 @@ def test_the_precision_of_the_file(tiny_model: Path, photos: Path, tmp_path: Pat
             assert torch.equal(tensor.to(dtype), half[name])
 
 
-def test_mixed_precision_has_almost_the_same_gradients(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+def test_mixed_precision_has_almost_the_same_gradients(tiny_model: Path, tmp_path: Path) -> None:
+    # Smaller pictures have one latent in the middle of the U-Net, whose group norms make steps of every gradient.
+    photos = write_dataset(tmp_path / "d.toml", size=128)
     # At this rate the weights stay what they are, so that the curves show the same gradients in each precision.
     more = "--max_train_steps 3 --learning_rate 1e-12 --optimizer_args weight_decay=0"
     curves = {}
@@ -80,7 +82,7 @@ def test_mixed_precision_has_almost_the_same_gradients(tiny_model: Path, photos:
         lora = train(tiny_model, photos, tmp_path / precision, words_of_case)
         assert {tensor.dtype for tensor in load_file(lora).values()} == {torch.float32}
         curves[precision] = {tag: [value for _, value in points] for tag, points in scalars(logs).items()}
-    for precision, tolerance in (("fp16", 0.005), ("bf16", 0.04)):
+    for precision, tolerance in (("fp16", 0.005), ("bf16", 0.02)):
         for tag in ("loss/current", "grad_norm"):
             assert curves[precision][tag] == pytest.approx(curves["no"][tag], rel=tolerance)
             assert curves[precision][tag] != curves["no"][tag]

@@ -168,17 +168,19 @@ def test_two_ranks_see_what_one_sees(tmp_path: Path) -> None:
 
 def test_two_processes_train_what_one_accumulates(tiny_model: Path, tmp_path: Path) -> None:
     subset = "num_repeats = 3\nflip_aug = true\nshuffle_caption = true"
-    dataset = write_dataset(tmp_path / "d.toml", subset=subset)
+    dataset = write_dataset(tmp_path / "d.toml", subset=subset, size=128)
     # Nine batches in updates of two: one rank pads the fifth.
     more = "--max_train_steps 6 --train_batch_size 2 --network_dropout 0.1 --save_every_n_epochs 1 --save_state"
     arguments = words(tiny_model, dataset, tmp_path / "two", more)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     launch = f"torch.distributed.run --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port} -m".split()
+    arguments += ["--log_prefix", "none"]
     done = run_process(command(*launch, "sd_train.train_network", *arguments))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("seed: 3\n") == 1
     assert done.stderr.count("saved ") == 2
+    assert done.stderr.count("--log_prefix has no effect") == 1
     one = train(tiny_model, dataset, tmp_path / "one", more + " --gradient_accumulation_steps 2")
     assert set(tree(tmp_path / "two")) == set(tree(tmp_path / "one"))
     assert largest_difference(one, tmp_path / "two" / "lora.safetensors") < 2e-6

@@ -15,11 +15,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="default: demo_output")
     parser.add_argument("--max_train_steps", type=int, default=60, help="optimizer updates (default 60)")
     given = parser.parse_args(argv)
+    import torch
+
     from sd_train.build import quiet_libraries
     from sd_train.demo.tiny_model import save_tiny_model
     from sd_train.train_network import main as train_network
 
     quiet_libraries()
+    # A model this small gains nothing from more threads.
+    torch.set_num_threads(1)
     started = time.monotonic()
     output: Path = given.output_dir
     model = output / "tiny_model.safetensors"
