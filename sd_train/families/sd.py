@@ -227,9 +227,12 @@ def assemble(parts: SdParts, source: Path) -> StableDiffusion1:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     _check_vocabulary(parts.text_config["vocab_size"], source)
-    unet = UNet2DConditionModel.from_config(parts.unet_config)
-    vae = AutoencoderKL.from_config(parts.vae_config)
-    text_encoder = CLIPTextModel(CLIPTextConfig(**parts.text_config))
+    # Without memory: the file's tensors become the weights. CLIP has a buffer that no file holds, so it is built.
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(parts.unet_config)
+        vae = AutoencoderKL.from_config(parts.vae_config)
+    with torch.random.fork_rng(devices=[]):
+        text_encoder = CLIPTextModel(CLIPTextConfig(**parts.text_config))
     nested = clip_transformer(text_encoder) is not text_encoder
     text = {live_text_name(name, nested): tensor for name, tensor in parts.text_encoder.items()}
     loads: tuple[tuple[str, Any, Mapping[str, Tensor]], ...] = (
@@ -239,7 +242,7 @@ def assemble(parts: SdParts, source: Path) -> StableDiffusion1:
     )
     for title, network, tensors in loads:
         try:
-            network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
+            network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         except RuntimeError as problem:
             reason = " ".join(str(problem).split())[:300]
             raise ModelError(
