@@ -16,7 +16,7 @@ from sd_train.checkpoint import (
     StateParts,
     load_state,
 )
-from sd_train.config.dump import changed_options, dump_toml, with_seed
+from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.data.cache import MemoryCache
 from sd_train.device import DTYPES, Updater
@@ -154,7 +154,7 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     extras: dict[str, Extra] = {"report": (report.state, report.load)}
     if updater.scaler is not None:
         extras["scaler"] = (updater.scaler.state, updater.scaler.load)
-    parts = StateParts(lora, groups, optimizer, extras, dump_toml(with_seed(config, progress.seed)), digest)
+    parts = StateParts(lora, groups, optimizer, extras, dump_toml(repeatable(config, progress.seed)), digest)
     if prepared.resume is not None:
         resumed = load_state(prepared.resume, parts)
         progress = resumed.progress

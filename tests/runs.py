@@ -102,10 +102,9 @@ def differences(first: Path, second: Path) -> list[str]:
 
 def identical(first: Tensor, second: Tensor) -> bool:
     """Whether dtype, shape and every bit agree."""
-    alike = first.dtype == second.dtype and first.shape == second.shape
-    return alike and torch.equal(first.view(torch.uint8), second.view(torch.uint8)) if first.dim() else (
-        alike and bool(first == second)
-    )
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
 def largest_difference(first: Path, second: Path) -> float:

@@ -247,7 +247,7 @@ def forbidden(module: Module) -> list[str]:
         if module.path != PICKLES and (used := pickles & set(names)):
             found.append(f"{module.path}:{node.lineno}: {min(used)} belongs in {PICKLES} alone")
         if isinstance(node, ast.Name) and node.id == "print" and not may_print:
-            found.append(f"{module.path}:{node.lineno}: print belongs in commands/, entry points, the parser and report.py")
+            found.append(f"{module.path}:{node.lineno}: print belongs to commands, entry points, parser and report")
     return found
 
 

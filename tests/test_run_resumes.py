@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -59,21 +58,19 @@ def test_a_part_and_the_rest_are_the_whole(tiny_model: Path, photos: Path, tmp_p
 def test_a_shorter_first_run_and_latest_twice(
     tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # With a constant rate the end does not matter: 4 updates, then to 9 and to 12, each time from the newest state.
-    more = "--optimizer_type Prodigy --learning_rate 1"
-    whole = train(tiny_model, photos, tmp_path / "whole", f"{more} --max_train_steps 12")
+    # With a constant rate the end does not matter: 2 updates, then to 4 and to 6, each time from the newest state.
+    more = "--optimizer_type Prodigy --learning_rate 1 --network_train_unet_only"
+    whole = train(tiny_model, photos, tmp_path / "whole", f"{more} --max_train_steps 6")
     parts = tmp_path / "parts"
-    train(tiny_model, photos, parts, f"{more} --max_train_steps 4 --save_state_on_train_end")
+    train(tiny_model, photos, parts, f"{more} --max_train_steps 2 --save_state_on_train_end")
     capsys.readouterr()
-    train(tiny_model, photos, parts, f"{more} --max_train_steps 9 --resume latest --save_every_n_steps 3 --save_state")
-    assert f"resumed {parts / 'lora-state'} at step 4 of 9" in capsys.readouterr().out
-    assert {path.name for path in parts.glob("*-state")} == {
-        "lora-state", "lora-step00000006-state", "lora-step00000009-state"
-    }  # fmt: skip
-    (parts / "lora-step00000009-state" / "manifest.json").unlink()
-    shutil.rmtree(parts / "lora-state")
-    last = train(tiny_model, photos, parts, f"{more} --max_train_steps 12 --resume latest")
-    assert f"resumed {parts / 'lora-step00000006-state'} at step 6 of 12" in capsys.readouterr().out
+    train(tiny_model, photos, parts, f"{more} --max_train_steps 4 --resume latest --save_every_n_steps 3 --save_state")
+    assert f"resumed {parts / 'lora-state'} at step 2 of 4" in capsys.readouterr().out
+    assert {path.name for path in parts.glob("*-state")} == {"lora-state", "lora-step00000003-state"}
+    # A state without its seal does not count.
+    (parts / "lora-state" / "manifest.json").unlink()
+    last = train(tiny_model, photos, parts, f"{more} --max_train_steps 6 --resume latest")
+    assert f"resumed {parts / 'lora-step00000003-state'} at step 3 of 6" in capsys.readouterr().out
     assert differences(whole, last) == []
     assert metadata(whole) == metadata(last)
 
@@ -127,7 +124,7 @@ def test_another_precision_is_told_of(
 
 
 def test_control_c_saves_and_says_how_to_go_on(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
-    more = "--max_train_steps 16 --lr_scheduler cosine --save_every_n_steps 3"
+    more = "--max_train_steps 14 --lr_scheduler cosine --save_every_n_steps 3"
     arguments = words(tiny_model, photos, tmp_path / "stopped", more)
     with subprocess.Popen(
         command("sd_train.train_network", *arguments), env=environment(), text=True, stderr=subprocess.PIPE
@@ -136,7 +133,7 @@ def test_control_c_saves_and_says_how_to_go_on(tiny_model: Path, photos: Path, t
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if line.startswith("saved ") and "step00000003" in line:
+            if line.startswith("saved ") and not any(other.startswith("saved ") for other in lines[:-1]):
                 process.send_signal(signal.SIGINT)
     said = "".join(lines)
     assert process.returncode == 0, said
@@ -145,7 +142,7 @@ def test_control_c_saves_and_says_how_to_go_on(tiny_model: Path, photos: Path, t
     stopped = re.search(r"stopped at step (\d+); go on with (--resume (\S+))", said)
     assert stopped is not None
     step = int(stopped[1])
-    assert 3 <= step < 16
+    assert 3 <= step < 14
     assert Path(stopped[3]).is_dir()
     model = tmp_path / "stopped" / f"lora-step{step:08d}.safetensors"
     assert metadata(model)["ss_steps"] == str(step)

@@ -42,9 +42,13 @@ def changed_options(before: str, after: str) -> list[str]:
     ]
 
 
-def with_seed(config: RunConfig, seed: int) -> RunConfig:
-    """`config` with the seed that was drawn, so that its text repeats the run."""
-    return replace(config, training=config.training.model_copy(update={"seed": seed}))
+def repeatable(config: RunConfig, seed: int) -> RunConfig:
+    """`config` as it repeats the whole training: with the seed that was drawn, not resuming, replacing nothing."""
+    return replace(
+        config,
+        training=config.training.model_copy(update={"seed": seed}),
+        saving=config.saving.model_copy(update={"resume": None, "overwrite": False}),
+    )
 
 
 def non_default_names(config: RunConfig) -> list[str]:
