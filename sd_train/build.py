@@ -116,12 +116,9 @@ def _make_lora(prepared: Prepared, family: StableDiffusion1) -> Lora:
         except ModelError as problem:
             raise ModelError(f"--network_weights = {network.network_weights}: {problem}") from None
     if config.training.gradient_checkpointing:
-        # Checkpointing only works in training mode; no module of these networks drops anything of its own.
-        family.unet.enable_gradient_checkpointing()
-        family.unet.train()
+        family.checkpoint_gradients("unet")
         if lora.trains("text_encoder"):
-            family.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-            family.text_encoder.train()
+            family.checkpoint_gradients("text_encoder")
     return lora
 
 

@@ -289,7 +289,6 @@ def test_dropout_keeps_the_mean_and_zeroes_its_part() -> None:
     assert values[values != 0].unique().tolist() == pytest.approx([1 / 0.75])
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_gives_equal_gradients() -> None:
     found: list[dict[str, Tensor]] = []
     for checkpointed in (False, True):
@@ -298,10 +297,8 @@ def test_gradient_checkpointing_gives_equal_gradients() -> None:
         randomise(lora, 0.1)
         counters(lora, 5, 1)
         if checkpointed:
-            family.unet.enable_gradient_checkpointing()
-            family.unet.train()
-            family.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-            family.text_encoder.train()
+            family.checkpoint_gradients("unet")
+            family.checkpoint_gradients("text_encoder")
         found.append(gradients(lora, family))
     assert_equal_tensors(*found)
     # Self-attention over the one pixel of the middle block has nothing to weigh: no gradients for its q and k.

@@ -55,6 +55,10 @@ class Family(Protocol):
         """The live module with the published path `path` in network `role`."""
         ...
 
+    def checkpoint_gradients(self, role: str) -> None:
+        """Compute network `role`'s activations again in the backward pass instead of keeping them."""
+        ...
+
     def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         """[B, 3, height, width] in [-1, 1] -> cacheable rows."""
         ...

@@ -108,6 +108,19 @@ class StableDiffusion1:
             path = live_text_name(path, clip_transformer(self.text_encoder) is not self.text_encoder)
         return self.networks[role].get_submodule(path)
 
+    def checkpoint_gradients(self, role: str) -> None:
+        """Compute network `role`'s activations again in the backward pass instead of keeping them."""
+        network = self.networks[role]
+        # Both libraries only do so in training mode; no module of these networks drops anything of its own.
+        network.train()
+        if role == "unet":
+            self.unet.enable_gradient_checkpointing()
+        elif hasattr(network, "activation_checkpointing_enable"):
+            self.text_encoder.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            # Its former name in transformers.
+            self.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
     def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         """[B, 3, height, width] in [-1, 1] -> "mean" and "logvar", [B, 4, height / 8, width / 8], float32."""
         # Kept in float32: half precision blurs what every sample is learned from, and can overflow.
