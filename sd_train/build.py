@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,18 +10,16 @@ from torch import Tensor
 
 from sd_train.checkpoint import (
     Checkpoint,
-    Extra,
     Intervals,
-    StateParts,
-    load_state,
 )
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.data.cache import MemoryCache
 from sd_train.device import DTYPES, Updater
 from sd_train.errors import DataError, ModelError, RunError
+from sd_train.families.base import Family
 from sd_train.families.checkpoints import read_tensors
-from sd_train.families.sd import StableDiffusion1, load_sd1
+from sd_train.families.registry import load_family
 from sd_train.files import write_text
 from sd_train.guard import Guard
 from sd_train.loop import Training, train
@@ -30,10 +27,11 @@ from sd_train.metadata import RunFacts, build_metadata, describe_base
 from sd_train.objectives.denoise import Denoise
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.optim.schedules import make_schedule
-from sd_train.plan import Prepared, describe, describe_batches, draw_function, prepare
+from sd_train.plan import Prepared, describe, describe_batches, draw_function, plan_fingerprint, prepare
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line
-from sd_train.trainables.lora import Lora, LoraSettings
+from sd_train.state import Extra, StateParts, load_state
+from sd_train.trainables.lora import Lora, LoraSettings, describe_network, without_roles
 
 DEFAULT_RANK = 4
 
@@ -43,7 +41,6 @@ def quiet_libraries() -> None:
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -84,17 +81,17 @@ def _silent(text: str) -> None:
     """What other ranks say."""
 
 
-def _load_family(prepared: Prepared) -> tuple[StableDiffusion1, str]:
+def _load_family(prepared: Prepared) -> tuple[Family, str]:
     """The base model on its device, and the digest of its weights."""
     config, device = prepared.config, prepared.device
-    family = load_sd1(Path(config.model.pretrained_model_name_or_path))
+    family = load_family(Path(config.model.pretrained_model_name_or_path))
     family.configure(config.model.clip_skip, config.model.max_token_length)
     digest = family.digest()
     family.to(device.device, device.weight_dtype)
     return family, digest
 
 
-def _make_lora(prepared: Prepared, family: StableDiffusion1) -> Lora:
+def _make_lora(prepared: Prepared, family: Family) -> Lora:
     config = prepared.config
     network = config.network
     rank = network.network_dim or DEFAULT_RANK
@@ -111,14 +108,19 @@ def _make_lora(prepared: Prepared, family: StableDiffusion1) -> Lora:
     )
     lora.install(family)
     if network.network_weights is not None and prepared.resume is None:
+        weights = read_tensors(network.network_weights)
         try:
-            lora.load(read_tensors(network.network_weights))
+            # Modules of a network that this run does not train are left out, as in sd-scripts.
+            lora.load(without_roles(weights, lora))
         except ModelError as problem:
-            raise ModelError(f"--network_weights = {network.network_weights}: {problem}") from None
+            raise ModelError(
+                f"--network_weights = {network.network_weights}: {problem}\n  {describe_network(weights)}"
+            ) from None
     if config.training.gradient_checkpointing:
         family.checkpoint_gradients("unet")
-        if lora.trains("text_encoder"):
-            family.checkpoint_gradients("text_encoder")
+        for role in family.networks:
+            if role != "unet" and lora.trains(role):
+                family.checkpoint_gradients(role)
     return lora
 
 
@@ -138,7 +140,8 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     params = [parameter for group in groups for parameter in group.params.values()]
     updater = Updater(device, optimizer, params, config.optimizer.max_grad_norm)
     say(f"model: {config.model.pretrained_model_name_or_path}; {_count(lora)}")
-    prepared.updates.draw = draw_function(progress.seed, family.latent)
+    assert family.latent is not None
+    prepared.updates.draw = draw_function(progress.seed, family.latent, family.schedule.steps)
     if config.dataset.cache_latents:
         prepared.updates.cache = _cached(prepared, family)
     report = Report(
@@ -158,13 +161,21 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
         say(f"resumed {resumed.path} at step {progress.step} of {plan.total_steps}")
         for change in changed_options(resumed.config_text, parts.config_text):
             say(f"warning: changed since the state was saved: {change}")
+        if progress.extra.get("data") != plan_fingerprint(prepared):
+            say(
+                "warning: the dataset, its settings or the number of processes are not those of the saved state: from "
+                "here on the images come in another order than they would have, the rest goes on as it was"
+            )
+    progress.extra["data"] = plan_fingerprint(prepared)
     checkpoint = _make_checkpoint(prepared, family, parts, report)
     preview = _make_preview(prepared, family, lora, report) if prepared.prompts else None
     if device.is_main:
+        if config.saving.overwrite and prepared.resume is None:
+            prepared.names.remove_existing()
         write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
     objective = Denoise(family, lora, device)
     agree = device.any if device.world > 1 else None
-    with report, Guard(report.message, agree) as guard:
+    with report, Guard(agree) as guard:
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, lora, groups, schedule, updater, report,
             preview, checkpoint, guard,
@@ -182,7 +193,7 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
 
 
 def _make_checkpoint(
-    prepared: Prepared, family: StableDiffusion1, parts: StateParts, report: Report
+    prepared: Prepared, family: Family, parts: StateParts, report: Report
 ) -> Checkpoint:
     config, is_main = prepared.config, prepared.device.is_main
     base = describe_base(Path(config.model.pretrained_model_name_or_path)) if is_main else {}
@@ -202,7 +213,7 @@ def _make_checkpoint(
     )
 
 
-def _make_preview(prepared: Prepared, family: StableDiffusion1, lora: Lora, report: Report) -> Preview:
+def _make_preview(prepared: Prepared, family: Family, lora: Lora, report: Report) -> Preview:
     config, device = prepared.config, prepared.device
     return Preview(
         family=family,
@@ -228,7 +239,7 @@ def _count(lora: Lora) -> str:
     return f"LoRA modules: {', '.join(f'{role} {count}' for role, count in modules.items())}; {numbers:,} parameters"
 
 
-def _cached(prepared: Prepared, family: StableDiffusion1) -> MemoryCache:
+def _cached(prepared: Prepared, family: Family) -> MemoryCache:
     from tqdm import tqdm
 
     device, cache = prepared.device, MemoryCache()
@@ -242,7 +253,7 @@ def _cached(prepared: Prepared, family: StableDiffusion1) -> MemoryCache:
     return cache
 
 
-def _facts(prepared: Prepared, family: StableDiffusion1, optimizer: torch.optim.Optimizer) -> RunFacts:
+def _facts(prepared: Prepared, family: Family, optimizer: torch.optim.Optimizer) -> RunFacts:
     config, plan = prepared.config, prepared.plan
     kind = type(optimizer)
     given = ",".join(f"{key}={value}" for key, value in config.optimizer.optimizer_args.items())

@@ -1,64 +1,15 @@
-"""Saves and resume: model files under sd-scripts' names, sealed states that continue bit for bit."""
+"""What is saved and when: model files under sd-scripts' names, with states beside them."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from sd_train.errors import ConfigError, DataError, ModelError, RunError
-from sd_train.files import put_tensors, sha256, write_folder
+from sd_train.errors import RunError
+from sd_train.names import FileNames
 from sd_train.report import Report
-from sd_train.trainables.base import ParamGroup, Trainable
+from sd_train.state import StateParts, save_state
 from sd_train.types import Progress
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class FileNames:
-    """sd-scripts' names for what a run writes into its output folder."""
-
-    folder: Path
-    name: str | None
-    extension: str = ".safetensors"
-
-    def at_step(self, step: int) -> str:
-        """`N-step00000100`, or `at-step00000100` without a name."""
-        return f"{self.name or 'at'}-step{step:08d}"
-
-    def at_epoch(self, epoch: int) -> str:
-        """`N-000002`, or `epoch-000002` without a name."""
-        return f"{self.name or 'epoch'}-{epoch:06d}"
-
-    @property
-    def last(self) -> str:
-        """`N`, or `last` without a name."""
-        return self.name or "last"
-
-    def model(self, stem: str) -> Path:
-        """The model file of a save."""
-        return self.folder / f"{stem}{self.extension}"
-
-    def state(self, stem: str) -> Path:
-        """The state folder of a save."""
-        return self.folder / f"{stem}-state"
-
-    def existing(self) -> list[Path]:
-        """What an earlier run of the same names left in the folder."""
-        if not self.folder.is_dir():
-            return []
-        stems = [re.escape(self.last), re.escape(self.name or "at") + r"-step\d{8}"]
-        stems.append(re.escape(self.name or "epoch") + r"-\d{6}")
-        pattern = re.compile(f"(?:{'|'.join(stems)})(?:{re.escape(self.extension)}|-state)")
-        return sorted(entry for entry in self.folder.iterdir() if pattern.fullmatch(entry.name))
 
 
 @dataclass(frozen=True)
@@ -81,194 +32,6 @@ class Intervals:
         if due and progress.epoch < end_epoch:
             stems.append(names.at_epoch(progress.epoch))
         return stems
-
-
-Extra = tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]]
-"""How to read a JSON state and how to put it back."""
-
-
-@dataclass(frozen=True)
-class StateParts:
-    """Everything that a state holds beside `Progress`."""
-
-    trainable: Trainable
-    groups: list[ParamGroup]
-    optimizer: torch.optim.Optimizer
-    extras: Mapping[str, Extra]
-    """By name: scaler, report."""
-    config_text: str
-    base_model: str
-    """Digest of the frozen base model."""
-
-
-@dataclass(frozen=True)
-class ResumedFrom:
-    """A sealed state that was put back."""
-
-    path: Path
-    progress: Progress
-    config_text: str
-
-
-def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors and JSON, by parameter name instead of number."""
-    names = [name for group in parts.groups for name in group.params]
-    saved = parts.optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {"optimizer": type(parts.optimizer).__name__, "state": {}, "groups": []}
-    for number, values in saved["state"].items():
-        name = names[number]
-        plain["state"][name] = {}
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"state/{name}/{key}"] = value.clone()
-            else:
-                plain["state"][name][key] = value
-    for place, group in enumerate(saved["param_groups"]):
-        kept: dict[str, Any] = {}
-        for key, value in group.items():
-            if isinstance(value, Tensor):
-                tensors[f"group/{place}/{key}"] = value.clone()
-            elif key != "params":
-                kept[key] = value
-        plain["groups"].append(kept)
-    return tensors, plain
-
-
-def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """Put back what `optimizer_state` gave."""
-    numbers = {name: number for number, name in enumerate(n for group in parts.groups for n in group.params)}
-    state: dict[int, dict[str, Any]] = {numbers[name]: dict(values) for name, values in plain["state"].items()}
-    current = parts.optimizer.state_dict()
-    groups = []
-    for place, group in enumerate(current["param_groups"]):
-        saved = plain["groups"][place]
-        # JSON knows no tuples; betas must come back as they were.
-        restored = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()}
-        groups.append({**group, **restored, "params": group["params"]})
-    for name, tensor in tensors.items():
-        kind, owner, key = name.split("/", 2)
-        if kind == "state":
-            state[numbers[owner]][key] = tensor
-        else:
-            groups[int(owner)][key] = tensor
-    parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
-    """Write a state folder; the manifest with sizes and hashes seals it."""
-    tensors, plain = optimizer_state(parts)
-    extras = {name: read() for name, (read, _) in parts.extras.items()}
-
-    def fill(folder: Path) -> None:
-        put_tensors(folder / "trainable.safetensors", parts.trainable.tensors())
-        put_tensors(folder / "optimizer.safetensors", tensors)
-        texts = {
-            "optimizer.json": json.dumps(plain),
-            "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),
-            "config.toml": parts.config_text,
-        }
-        for name, text in texts.items():
-            (folder / name).write_bytes(text.encode())
-        files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
-        manifest = {"format": FORMAT, "step": progress.step, "base_model": parts.base_model, "files": files}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-    write_folder(path, fill)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the state at `path`, after every file was checked against it.
-
-    Raises:
-        DataError: if the state is unsealed, of another format, or a file differs.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, _, _ = int(manifest["format"]), int(manifest["step"]), str(manifest["base_model"])
-        files = {path / name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path}: is no sealed state (no readable {MANIFEST}); choose another state") from None
-    if version != FORMAT:
-        raise DataError(f"{path}: state format {version}, this version reads {FORMAT}; choose another state")
-    for file, (size, digest) in files.items():
-        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
-            raise DataError(f"{file}: differs from what was saved; choose another state")
-    return manifest
-
-
-def find_state(choice: str, names: FileNames) -> Path:
-    """The folder that `--resume` means: a path, or with "latest" the sealed state of this run that is furthest on.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    if choice != "latest":
-        path = Path(choice)
-        if not path.is_dir():
-            raise ConfigError(f"--resume = {choice!r}: there is no such state folder; give its path, or latest")
-        return path
-    found: list[tuple[int, Path]] = []
-    for path in names.existing():
-        if path.is_dir():
-            try:
-                found.append((int(read_manifest(path)["step"]), path))
-            except DataError:
-                continue
-    if not found:
-        raise ConfigError(
-            f"--resume = 'latest': {names.folder} holds no sealed state named {names.last}-...-state; "
-            "states are written with --save_state; leave --resume away to start anew"
-        )
-    return max(found)[1]
-
-
-def read_progress(path: Path) -> Progress:
-    """Where the state at `path` stands; the rest of it is not read."""
-    read_manifest(path)
-    stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    return Progress(**stored["progress"])
-
-
-def load_state(path: Path, parts: StateParts) -> ResumedFrom:
-    """Put back the state at `path`.
-
-    Raises:
-        ConfigError: if it belongs to another optimizer.
-        DataError: if it is broken or was trained on another base model.
-        ModelError: if the trainable weights do not fit this configuration.
-    """
-    from safetensors.torch import load_file
-
-    manifest = read_manifest(path)
-    if manifest["base_model"] != parts.base_model:
-        raise DataError(
-            f"--resume = {path}: was trained on another base model (tensor digest {manifest['base_model'][:12]}, this "
-            f"one has {parts.base_model[:12]}); give the same --pretrained_model_name_or_path"
-        )
-    plain = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-    stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    if plain["optimizer"] != (ours := type(parts.optimizer).__name__):
-        raise ConfigError(
-            f"--optimizer_type = {ours}: the state at {path} is one of {plain['optimizer']}; give that, or start anew "
-            "from the saved file with --network_weights"
-        )
-    if set(plain["state"]) - {name for group in parts.groups for name in group.params}:
-        raise DataError(
-            f"--resume = {path}: holds parameters that this configuration does not train; give the options of the "
-            f"network and the learning rates as they stand in {path / 'config.toml'}"
-        )
-    try:
-        parts.trainable.load(load_file(path / "trainable.safetensors"))
-    except ModelError as problem:
-        raise ModelError(f"--resume = {path}: {problem}") from None
-    load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
-    for name, (_, restore) in parts.extras.items():
-        # A change of precision is allowed: the state of a run without scaled gradients has no scale.
-        if name in stored["extras"]:
-            restore(stored["extras"][name])
-    config_text = (path / "config.toml").read_text(encoding="utf-8")
-    return ResumedFrom(path, Progress(**stored["progress"]), config_text)
 
 
 @dataclass(frozen=True)
@@ -299,7 +62,8 @@ class Checkpoint:
                 "and use a lower learning rate, or --mixed_precision bf16 instead of fp16"
             )
         with self.report.untimed():
-            self.parts.trainable.save(path, self.metadata(progress))
+            with self.parts.trainable.for_inference():
+                self.parts.trainable.save(path, self.metadata(progress))
             if state:
                 save_state(self.names.state(stem), progress, self.parts)
         self.report.message(f"saved {path}" + (f" and {self.names.state(stem)}" if state else ""))

@@ -151,13 +151,15 @@ class Updater:
             group["lr"] = rate
 
     def figures(self) -> dict[str, float | Tensor]:
-        """What is worth logging: the step size that the optimizer estimated, the scale of fp16 gradients."""
+        """What is worth logging: the step size that the optimizer estimated; with fp16 the scale of the gradients, and
+        how many updates of this run were skipped because they overflowed."""
         figures: dict[str, float | Tensor] = {}
         for place, group in enumerate(self.optimizer.param_groups):
             if "d" in group:
                 figures[f"lr/d*lr/group{place}"] = group["d"] * group["lr"]
         if self.scaler is not None:
             figures["grad_scale"] = self.scaler.scale
+            figures["skipped_updates"] = self.skipped
         return figures
 
     def backward(self, loss: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -67,7 +68,9 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as problem:
         raise RunError(f"{path}: cannot be written ({problem}); free space or choose another --output_dir") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        # A name that is too long cannot even be looked for; that must not hide why the file was not written.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -160,12 +163,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as problem:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
+        if os.path.exists(old) and not os.path.exists(path):
+            with contextlib.suppress(OSError):
+                os.replace(old, path)
         raise RunError(f"{path}: cannot be written ({problem}); free space or choose another --output_dir") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        # Where the old folder could not be moved back it is the only one.
+        if os.path.exists(path):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256(path: Path, offset: int = 0) -> str:

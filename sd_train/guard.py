@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 ASK_OTHERS_EVERY = 8
@@ -13,9 +15,9 @@ ASK_OTHERS_EVERY = 8
 class Guard:
     """While it is entered, stop signals are noted instead of ending the process."""
 
-    def __init__(self, say: Callable[[str], None], agree: Callable[[bool], bool] | None = None) -> None:
+    def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:
         """`agree` tells whether any rank has a flag set; None where there is one rank only."""
-        self._say, self._agree = say, agree
+        self._agree = agree
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
         self.stop_requested = False
 
@@ -45,4 +47,6 @@ class Guard:
         if self.stop_requested:
             raise KeyboardInterrupt
         self.stop_requested = True
-        self._say("stopping after this update and saving; press Ctrl-C again to stop at once without saving")
+        # Straight to the terminal: a signal may come in the middle of a print, and a second print would then raise.
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this update and saving; Ctrl-C again stops at once, without saving\n")

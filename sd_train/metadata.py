@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from sd_train import __version__
 from sd_train.config.options import RunConfig
 from sd_train.data.index import ImageIndex
 from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.errors import ConfigError, Problem
 from sd_train.files import sha256
 from sd_train.types import Progress
 
@@ -51,6 +53,8 @@ _NOT_GIVEN = {
     "ss_num_validation_images": "0",
     "ss_sd_scripts_commit_hash": "(unknown)",
 }
+_LAST_SECOND = 253402300799
+"""The end of the year 9999 (UTC), the last that ISO 8601 dates hold."""
 _MINIMUM = (
     "ss_v2",
     "ss_base_model_version",
@@ -80,9 +84,19 @@ class RunFacts:
 
 
 def now() -> float:
-    """Seconds since 1970; SOURCE_DATE_EPOCH takes the clock's place where it is set (reproducible-builds.org)."""
+    """Seconds since 1970; SOURCE_DATE_EPOCH takes the clock's place where it is set (reproducible-builds.org).
+
+    Raises:
+        ConfigError: if that variable holds no such number.
+    """
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
-    return float(fixed) if fixed else time.time()
+    if not fixed:
+        return time.time()
+    if not re.fullmatch(r"[0-9]{1,12}", fixed) or int(fixed) > _LAST_SECOND:
+        rule = "must be whole seconds since 1970, before the year 10000"
+        way_out = "write for example SOURCE_DATE_EPOCH=1700000000, or unset the variable"
+        raise ConfigError(str(Problem("the environment variable SOURCE_DATE_EPOCH", repr(fixed), rule, way_out)))
+    return float(fixed)
 
 
 def build_metadata(config: RunConfig, facts: RunFacts, base: Mapping[str, str], progress: Progress) -> dict[str, str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from sd_train.checkpoint import FileNames, find_state, read_progress
+import numpy as np
+
 from sd_train.config.options import RunConfig
 from sd_train.data.batches import BatchSettings, Draw, Updates
 from sd_train.data.config import load_dataset_config
@@ -20,12 +23,15 @@ from sd_train.device import Device, open_device
 from sd_train.diffusion.schedule import TIMESTEPS, Draws, draw
 from sd_train.errors import ConfigError, UserError
 from sd_train.families.base import LatentSpec
-from sd_train.families.sd import StableDiffusion1, check_source
+from sd_train.families.registry import PUBLISHED_LATENT, check_model
 from sd_train.metadata import now
+from sd_train.names import FileNames
 from sd_train.optim.optimizers import check_arguments
 from sd_train.optim.schedules import find_schedule, make_schedule
 from sd_train.prompts import Prompt, load_prompts
 from sd_train.randomness import derive
+from sd_train.report import say_line
+from sd_train.state import find_state, read_progress
 from sd_train.types import Progress
 
 T = TypeVar("T")
@@ -79,6 +85,19 @@ def make_plan(
         -(-total // per_epoch),
         learning_rates(config),
     )
+
+
+def plan_fingerprint(prepared: Prepared) -> dict[str, object]:
+    """What decides which samples an update holds, beside the seed, as JSON values: a resume compares it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for dataset, index in zip(prepared.plan.datasets, prepared.plan.indexes, strict=True):
+        subsets = [{**asdict(subset), "origin": "", "image_dir": ""} for subset in dataset.subsets]
+        facts = [dataset.batch_size, subsets, index.paths, index.captions, index.buckets]
+        digest.update(json.dumps(facts, default=str).encode())
+        for column in (index.repeats, index.bucket_of, index.resized, index.subset_of):
+            digest.update(np.ascontiguousarray(column).data)
+    settings = prepared.updates.settings
+    return {"world": settings.world, "accumulation": settings.accumulation, "datasets": digest.hexdigest()}
 
 
 def describe(plan: Plan, config: RunConfig) -> str:
@@ -159,13 +178,15 @@ def prepare(config: RunConfig) -> Prepared:
     names = FileNames(config.saving.output_dir, config.saving.output_name)
     checks(lambda: check_arguments(config.optimizer.optimizer_type, config.optimizer.optimizer_args))
     checks(lambda: find_schedule(config.optimizer.lr_scheduler))
-    checks(lambda: check_source(Path(config.model.pretrained_model_name_or_path)))
+    checks(lambda: check_model(Path(config.model.pretrained_model_name_or_path)))
     prompts = checks(lambda: load_prompts(config.sampling.sample_prompts) if config.sampling.sample_prompts else ())
-    resume = checks(lambda: find_state(config.saving.resume, names) if config.saving.resume else None)
-    if not config.saving.resume and not config.saving.overwrite and not config.dataset.debug_dataset:
+    device = checks(lambda: open_device(config.training.mixed_precision))
+    warn = say_line if device is not None and device.is_main else _silent
+    resume = checks(lambda: find_state(config.saving.resume, names, warn) if config.saving.resume else None)
+    own_state = resume is not None and resume.resolve() in {path.resolve() for path in names.states()}
+    if not own_state and not config.saving.overwrite and not config.dataset.debug_dataset:
         checks(lambda: _refuse_existing(names))
     read = checks(lambda: _read_datasets(config))
-    device = checks(lambda: open_device(config.training.mixed_precision))
     progress = checks(lambda: _first_progress(config, resume, device)) if device is not None else None
     checks.raise_any()
     assert read is not None
@@ -198,6 +219,10 @@ class Checks:
         """Raise one error with everything that was found, of the first one's kind."""
         if self.errors:
             raise type(self.errors[0])(*(problem for error in self.errors for problem in error.problems))
+
+
+def _silent(text: str) -> None:
+    """What other ranks say."""
 
 
 def _refuse_existing(names: FileNames) -> None:
@@ -280,14 +305,14 @@ def _make_updates(
         world=device.world,
     )
     # The shape of the published models' latents; the loaded model's own takes its place.
-    drawn = draw_function(seed, StableDiffusion1.published_latent)
+    drawn = draw_function(seed, PUBLISHED_LATENT, TIMESTEPS)
     return Updates(indexes, [dataset.batch_size for dataset in datasets], settings, drawn)
 
 
-def draw_function(seed: int, latent: LatentSpec) -> Draw:
-    """Noise and timesteps for latents of `latent`."""
+def draw_function(seed: int, latent: LatentSpec, timesteps: int) -> Draw:
+    """Draws noise for latents of `latent`, and timesteps below `timesteps`."""
 
     def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
-        return draw(seed, step, places, latent.shape(width, height), TIMESTEPS)
+        return draw(seed, step, places, latent.shape(width, height), timesteps)
 
     return drawn

@@ -130,14 +130,13 @@ class Preview:
         pipeline: Any = self.family.pipeline(sampler)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator("cpu").manual_seed(seed)
+        assert self.family.latent is not None
         noise = torch.randn(1, *self.family.latent.shape(prompt.width, prompt.height), generator=generator)
-        with torch.no_grad(), _evaluating([*self.family.networks.values(), pipeline.unet, pipeline.vae]):
+        with torch.no_grad(), _evaluating(self.family.networks.values()):
             with self.autocast():
-                states, negative = self.family.prompt_embeddings(prompt.text, prompt.negative)
                 latents: Tensor = pipeline(
-                    prompt_embeds=states,
-                    negative_prompt_embeds=negative,
-                    latents=noise.to(pipeline.unet.dtype),
+                    **self.family.prompt_arguments(prompt.text, prompt.negative),
+                    latents=noise,
                     generator=generator,
                     width=prompt.width,
                     height=prompt.height,
@@ -145,8 +144,8 @@ class Preview:
                     guidance_scale=prompt.scale,
                     output_type="latent",
                 ).images
-            # The autoencoder may be kept in another precision than the U-Net, which the pipeline does not see to.
-            pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype) / self.family.latent.scale).sample
+            # The pipeline itself would not see to an autoencoder that is kept in another precision.
+            pixels = self.family.decode_latents(latents)
         if not torch.isfinite(pixels).all():
             raise RunError("the picture holds values that are not finite; try --no_half_vae or a lower learning rate")
         levels = (pixels[0].float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -8,8 +8,9 @@ import random
 
 def derive(seed: int, *parts: str | int) -> int:
     """A 64-bit number that depends on nothing but `seed` and `parts`; the same on every platform."""
+    # File names that are not UTF-8 come as lone surrogates; every one of them must have its own number.
     text = "\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in parts)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def stream(seed: int, *parts: str | int) -> random.Random:

@@ -92,7 +92,7 @@ class Progress:
     samples: int = 0
     """Real samples trained on."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Statistics that must go on after a resume, by owner (JSON values)."""
+    """What else must go on after a resume, by owner (JSON values)."""
 
     def advance(self, update: Update) -> None:
         """Count `update` as done."""
@@ -102,8 +102,3 @@ class Progress:
             self.epoch, self.index = update.epoch + 1, 0
         else:
             self.epoch, self.index = update.epoch, update.index + 1
-
-    @property
-    def epochs_done(self) -> int:
-        """Whole epochs done."""
-        return self.epoch

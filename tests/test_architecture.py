@@ -39,6 +39,8 @@ LAYERS: dict[str, int] = {
     "guard.py": 4,
     "preview*.py": 4,
     "samplers.py": 4,
+    "names.py": 4,
+    "state.py": 4,
     "validate.py": 4,
     "report*.py": 4,
     "metadata.py": 4,

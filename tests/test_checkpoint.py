@@ -16,10 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sd_train.checkpoint import (
+from sd_train.checkpoint import Intervals
+from sd_train.errors import ConfigError, DataError, ModelError, RunError, UserError
+from sd_train.files import sha256, write_folder, write_network, write_tensors, write_text, write_whole
+from sd_train.names import FileNames
+from sd_train.optim.optimizers import make_optimizer
+from sd_train.state import (
     MANIFEST,
-    FileNames,
-    Intervals,
     StateParts,
     find_state,
     load_state,
@@ -28,9 +31,6 @@ from sd_train.checkpoint import (
     read_progress,
     save_state,
 )
-from sd_train.errors import ConfigError, DataError, ModelError, RunError, UserError
-from sd_train.files import sha256, write_folder, write_network, write_tensors, write_text, write_whole
-from sd_train.optim.optimizers import make_optimizer
 from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.types import Progress
 from tests.models import assert_equal_tensors, fresh_tiny
@@ -351,16 +351,20 @@ def test_latest_passes_over_a_damaged_state(kind: str, two_states: Path, make_pa
     folder = tmp_path / "out"
     shutil.copytree(two_states, folder)
     names = FileNames(folder, "cat")
+    said: list[str] = []
     last, earlier = names.state("cat-step00000010"), names.state("cat-step00000005")
-    assert find_state("latest", names) == last
+    assert find_state("latest", names, said.append) == last
     name, damage = DAMAGE[kind]
     damage(last / name)
     with pytest.raises(DataError, match="choose another state") as caught:
         load_state(last, make_parts())
     assert str(last) in str(caught.value)
-    assert find_state("latest", names) == earlier
-    assert find_state(str(last), names) == last
-    assert find_state("latest", FileNames(two_states, "cat")).name == last.name
+    assert not said
+    assert find_state("latest", names, said.append) == earlier
+    assert len(said) == 1
+    assert str(last) in said[0]
+    assert find_state(str(last), names, said.append) == last
+    assert find_state("latest", FileNames(two_states, "cat"), said.append).name == last.name
 
 
 def test_no_damage_to_the_manifest_passes_for_a_state(two_states: Path, tmp_path: Path) -> None:
@@ -384,9 +388,10 @@ def test_no_damage_to_the_manifest_passes_for_a_state(two_states: Path, tmp_path
 
 
 def test_states_that_are_not_there(two_states: Path, tmp_path: Path) -> None:
+    said: list[str] = []
     for names in (FileNames(two_states, "dog"), FileNames(tmp_path / "none", "cat")):
         with pytest.raises(ConfigError, match=r"--resume = 'latest': .*holds no sealed state") as caught:
-            find_state("latest", names)
+            find_state("latest", names, said.append)
         assert str(names.folder) in str(caught.value)
     with pytest.raises(ConfigError, match="there is no such state folder"):
-        find_state(str(tmp_path / "gone"), FileNames(two_states, "cat"))
+        find_state(str(tmp_path / "gone"), FileNames(two_states, "cat"), said.append)

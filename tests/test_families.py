@@ -433,10 +433,10 @@ def test_more_layers_than_there_are_cannot_be_skipped(configured: StableDiffusio
         configured.configure(3, None)
 
 
-def test_prompt_embeddings_take_the_chunks_of_the_longer_prompt(configured: StableDiffusion1) -> None:
+def test_prompts_take_the_chunks_of_the_longer_prompt(configured: StableDiffusion1) -> None:
     with torch.no_grad():
-        prompt, negative = configured.prompt_embeddings(HUGE, "ugly")
-        short, _ = configured.prompt_embeddings("a cat", "")
+        prompt, negative = configured.prompt_arguments(HUGE, "ugly").values()
+        short, _ = configured.prompt_arguments("a cat", "").values()
         assert torch.equal(short, configured.encode_texts(["a cat"])["states"])
     assert prompt.shape == negative.shape == (1, 227, 64)
     assert short.shape == (1, 77, 64)

@@ -156,8 +156,7 @@ def pictures(pipeline: Any, **prompts: Any) -> np.ndarray:
 def our_picture(family: StableDiffusion1) -> np.ndarray:
     pipeline = family.pipeline(DDIMScheduler.from_config(published_config("scheduler")))
     with torch.no_grad():
-        prompt, negative = family.prompt_embeddings(PROMPT, NEGATIVE)
-    return pictures(pipeline, prompt_embeds=prompt, negative_prompt_embeds=negative)
+        return pictures(pipeline, **family.prompt_arguments(PROMPT, NEGATIVE))
 
 
 @pytest.mark.parametrize("roles", [("unet", "text_encoder"), ("unet",), ("text_encoder",)], ids="+".join)

@@ -15,11 +15,11 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from sd_train.checkpoint import StateParts, load_optimizer_state, optimizer_state
 from sd_train.device import Device, GradScaler, Updater
 from sd_train.errors import ConfigError
 from sd_train.optim.optimizers import OPTIMIZERS, accepted_arguments, find_optimizer, make_optimizer, optimizer_class
 from sd_train.optim.schedules import SCHEDULES, find_schedule, make_schedule
+from sd_train.state import StateParts, load_optimizer_state, optimizer_state
 from sd_train.trainables.base import ParamGroup
 from sd_train.trainables.lora import Lora, LoraSettings
 

@@ -111,7 +111,7 @@ class TinyFamily:
     """A Stable Diffusion of a few thousand weights, built with diffusers' own classes."""
 
     prediction = "epsilon"
-    latent = LatentSpec(channels=4, factor=2, scale=0.18215, cache_key="tiny")
+    latent = LatentSpec(channels=4, factor=2, scale=0.18215)
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -139,10 +139,13 @@ class TinyFamily:
         self.networks: dict[str, nn.Module] = {"unet": self.unet, "text_encoder": self.text_encoder}
         self.scheduler = DDPMScheduler()
 
-    def prompt_embeddings(self, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
+    def prompt_arguments(self, prompt: str, negative: str) -> dict[str, Tensor]:
         ids = torch.tensor([list(text.encode().ljust(77)[:77]) for text in (prompt, negative)])
         states = self.text_encoder(ids)
-        return states[:1], states[1:]
+        return {"prompt_embeds": states[:1], "negative_prompt_embeds": states[1:]}
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents.to(self.vae.dtype) / self.latent.scale).sample.float()
 
     def pipeline(self, scheduler: Any) -> StableDiffusionPipeline:
         return StableDiffusionPipeline(
@@ -256,10 +259,8 @@ def test_the_picture_is_the_pipelines(family: TinyFamily, tmp_path: Path) -> Non
     family.unet.eval()
     pipeline = family.pipeline(make_sampler("ddim", "epsilon", prompt.steps))
     pipeline.set_progress_bar_config(disable=True)
-    states, negative = family.prompt_embeddings(prompt.text, prompt.negative)
     expected = pipeline(
-        prompt_embeds=states,
-        negative_prompt_embeds=negative,
+        **family.prompt_arguments(prompt.text, prompt.negative),
         latents=torch.randn(1, 4, 24, 32, generator=torch.Generator().manual_seed(7)),
         width=64,
         height=48,
@@ -301,7 +302,7 @@ def training(family: TinyFamily, preview: Preview | None) -> tuple[list[Tensor],
     family.unet.train()
     start = {name: tensor.clone() for name, tensor in family.unet.state_dict().items()}
     optimizer = torch.optim.SGD(family.unet.parameters(), lr=0.01)
-    states, _ = family.prompt_embeddings("a cat", "")
+    states = family.prompt_arguments("a cat", "")["prompt_embeds"]
     for step in range(4):
         noise = torch.randn(1, 4, 8, 8)
         loss = (family.unet(noise, torch.tensor([500]), states.detach()).sample - noise).square().mean()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from sd_train.diffusion.schedule import NoiseSchedule
@@ -25,8 +26,7 @@ class LatentSpec:
     factor: int
     """Pixels for each latent, along a side."""
     scale: float
-    cache_key: str
-    """Names what the encoder makes of a picture: family, encoder weights, dtype."""
+    """What latents are multiplied with, so that their standard deviation is about one."""
 
     def shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, rows, columns) of a `width` x `height` picture's latents."""
@@ -39,13 +39,29 @@ class Family(Protocol):
     name: str
     networks: dict[str, nn.Module]
     """Trainable candidates by role: "unet", "text_encoder"."""
-    latent: LatentSpec
     schedule: NoiseSchedule
     prediction: Literal["epsilon", "v_prediction", "sample"]
     base_version: str
     """`ss_base_model_version`, e.g. sd_v1."""
     architecture: str
     """`modelspec.architecture`, e.g. stable-diffusion-v1."""
+
+    @property
+    def latent(self) -> LatentSpec | None:
+        """None where latents are vectors without a picture's shape."""
+        ...
+
+    def configure(self, clip_skip: int | None, max_token_length: int | None) -> None:
+        """How captions are encoded: `--clip_skip`, `--max_token_length`."""
+        ...
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Family:
+        """Move everything to `device`; what is trained or run in every step in `dtype`."""
+        ...
+
+    def digest(self) -> str:
+        """Hexadecimal digits that tell this base model from others, whatever its file."""
+        ...
 
     def lora_targets(self, role: str) -> list[LoraTarget]:
         """What gets a LoRA in network `role`, under its published name."""
@@ -81,8 +97,12 @@ class Family(Protocol):
         """The denoiser's output, of the shape of `noisy`."""
         ...
 
-    def prompt_embeddings(self, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
-        """Prompt and negative prompt -> [1, tokens, width] each, of equal length."""
+    def prompt_arguments(self, prompt: str, negative: str) -> dict[str, Tensor]:
+        """What the pipeline is called with in place of a prompt and a negative prompt."""
+        ...
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents as the pipeline ends with -> [B, 3, height, width] in about [-1, 1], float32."""
         ...
 
     def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:

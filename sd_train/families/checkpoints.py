@@ -117,6 +117,8 @@ def split_checkpoint(tensors: Mapping[str, Tensor], source: Path) -> SdParts:
 
 def _split(tensors: Mapping[str, Tensor], source: Path) -> SdParts:
     unet_part, vae_part, text_part = (_under(tensors, prefix) for prefix in (UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX))
+    # What trained the autoencoder is sometimes left in the file.
+    vae_part = {name: tensor for name, tensor in vae_part.items() if not name.startswith("loss.")}
     shape = _unet_shape(unet_part)
     unet_config = _unet_config(unet_part, shape)
     levels = 1 + max(int(name.split(".")[2]) for name in vae_part if name.startswith("encoder.down."))

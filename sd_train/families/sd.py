@@ -48,8 +48,6 @@ class StableDiffusion1:
     base_version = "sd_v1"
     architecture = "stable-diffusion-v1"
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    published_latent = LatentSpec(4, 8, 0.18215, "sd1")
-    """Of every published model; a loaded one tells its own."""
 
     def __init__(
         self,
@@ -62,13 +60,14 @@ class StableDiffusion1:
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         for network in (unet, vae, text_encoder):
             network.requires_grad_(False).eval()
+            _without_dropout(network)
         self.networks: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
         self.tokenizer = ChunkTokenizer(tokenizer or load_clip_tokenizer("<|endoftext|>"))
         self.clip_skip: int | None = None
         self.chunks = 1
         self.schedule = NoiseSchedule.scaled_linear()
         factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
-        self.latent = LatentSpec(vae.config["latent_channels"], factor, vae.config["scaling_factor"], "sd1")
+        self.latent = LatentSpec(vae.config["latent_channels"], factor, vae.config["scaling_factor"])
 
     def configure(self, clip_skip: int | None, max_token_length: int | None) -> None:
         """How captions are encoded: `--clip_skip` and `--max_token_length` (75, 150 or 225 tokens).
@@ -111,7 +110,7 @@ class StableDiffusion1:
     def checkpoint_gradients(self, role: str) -> None:
         """Compute network `role`'s activations again in the backward pass instead of keeping them."""
         network = self.networks[role]
-        # Both libraries only do so in training mode; no module of these networks drops anything of its own.
+        # Both libraries only do so in training mode, in which nothing is dropped here.
         network.train()
         if role == "unet":
             self.unet.enable_gradient_checkpointing()
@@ -150,12 +149,18 @@ class StableDiffusion1:
         assert isinstance(output, Tensor)
         return output
 
-    def prompt_embeddings(self, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
-        """Prompt and negative prompt -> [1, tokens, width] each; up to 225 tokens, whatever the training uses."""
+    def prompt_arguments(self, prompt: str, negative: str) -> dict[str, Tensor]:
+        """Both prompts as [1, tokens, width] states of equal length; up to 225 tokens, whatever the training uses."""
         chunks = max(self.chunks, self.tokenizer.chunks_for([prompt, negative], limit=3))
         ids = self.tokenizer([prompt, negative], chunks).to(self.text_encoder.device)
         states = encode_chunks(self.text_encoder, ids, self.clip_skip)
-        return states[:1], states[1:]
+        return {"prompt_embeds": states[:1], "negative_prompt_embeds": states[1:]}
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """[B, 4, h, w] scaled latents -> [B, 3, 8 h, 8 w], decoded in float32."""
+        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+            pixels: Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.latent.scale).sample
+        return pixels.float()
 
     def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
         """diffusers' pipeline around our modules; it is given prompt embeddings, so it needs no text encoder."""
@@ -182,11 +187,20 @@ class StableDiffusion1:
     def digest(self) -> str:
         """SHA-256 over every weight's name, dtype, shape and bytes: which base model this is, whatever its file."""
         digest = hashlib.sha256()
-        for role in ("text_encoder", "unet", "vae"):
-            for name, tensor in sorted(self.tensors(role).items()):
-                digest.update(f"{role}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        for name, tensor in sorted(self._joined({}).items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def _joined(self, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All weights under the original checkpoint's names."""
+        parts = {role: self.tensors(role) for role in ("unet", "vae", "text_encoder")}
+        for name, tensor in overrides.items():
+            role, _, inner = name.partition(".")
+            parts[role][inner] = tensor
+        levels = len(self.vae.config["block_out_channels"])
+        shape = unet_shape_of(self.unet.config)
+        return join_checkpoint(parts["unet"], parts["vae"], parts["text_encoder"], shape, levels)
 
     def save(self, path: Path, overrides: Mapping[str, Tensor]) -> None:
         """Write one `.safetensors` file under the original checkpoint's names.
@@ -195,14 +209,16 @@ class StableDiffusion1:
             path: the file to write; it appears complete or not at all.
             overrides: weights that replace those of the networks, as "unet.NAME" or "text_encoder.NAME".
         """
-        parts = {role: self.tensors(role) for role in ("unet", "vae", "text_encoder")}
-        for name, tensor in overrides.items():
-            role, _, inner = name.partition(".")
-            parts[role][inner] = tensor
-        levels = len(self.vae.config["block_out_channels"])
-        shape = unet_shape_of(self.unet.config)
-        joined = join_checkpoint(parts["unet"], parts["vae"], parts["text_encoder"], shape, levels)
-        write_tensors(path, joined, {"format": "pt"})
+        write_tensors(path, self._joined(overrides), {"format": "pt"})
+
+
+def _without_dropout(network: nn.Module) -> None:
+    """Configurations may ask for dropout, which the libraries draw from a global generator."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(vars(module).get("dropout"), float):
+            vars(module)["dropout"] = 0.0
 
 
 def check_source(source: Path) -> None:
@@ -240,12 +256,18 @@ def assemble(parts: SdParts, source: Path) -> StableDiffusion1:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     _check_vocabulary(parts.text_config["vocab_size"], source)
-    # Without memory: the file's tensors become the weights. CLIP has a buffer that no file holds, so it is built.
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(parts.unet_config)
-        vae = AutoencoderKL.from_config(parts.vae_config)
-    with torch.random.fork_rng(devices=[]):
-        text_encoder = CLIPTextModel(CLIPTextConfig(**parts.text_config))
+    try:
+        # Without memory: the file's tensors become the weights. CLIP has a buffer that no file holds, so it is built.
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(parts.unet_config)
+            vae = AutoencoderKL.from_config(parts.vae_config)
+        with torch.random.fork_rng(devices=[]):
+            text_encoder = CLIPTextModel(CLIPTextConfig(**parts.text_config))
+    except (ValueError, TypeError) as problem:
+        raise ModelError(
+            f"--pretrained_model_name_or_path = {source}: its widths are not those of a Stable Diffusion 1.x model: "
+            f"{problem}"
+        ) from None
     nested = clip_transformer(text_encoder) is not text_encoder
     text = {live_text_name(name, nested): tensor for name, tensor in parts.text_encoder.items()}
     loads: tuple[tuple[str, Any, Mapping[str, Tensor]], ...] = (
@@ -322,7 +344,7 @@ def _load_part(kind: Any, source: Path, name: str) -> Any:
 
     try:
         network, info = kind.from_pretrained(source / name, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as problem:
         reason = " ".join(str(problem).split())[:300]
         raise ModelError(f"--pretrained_model_name_or_path = {source}: {name} cannot be loaded: {reason}") from None
     # The libraries fill what is missing with random weights and only warn.

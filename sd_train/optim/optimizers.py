@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sd_train.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+
+_RESERVED: Mapping[str, str] = MappingProxyType(
+    {
+        "params": "the trainer gives the parameters itself; remove it",
+        "lr": "is not set here; give learning_rate, unet_lr or text_encoder_lr",
+        "capturable": "is for CUDA graphs, which this trainer does not make; remove it",
+        "differentiable": "is for gradients through the optimizer, which nothing here needs; remove it",
+        "maximize": "would raise the loss instead of lowering it; remove it",
+        "fsdp_in_use": "is for sharded parameters, and here every device holds all of them; remove it",
+        "use_triton": "replaces the update by a kernel that is not tested here; remove it",
+    }
+)
+
+_FAILURES = (
+    AssertionError, ArithmeticError, AttributeError, LookupError, RuntimeError, SystemExit, TypeError, ValueError,
+)  # fmt: skip
+"""How optimizer classes refuse values; lion-pytorch even ends the process."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +48,8 @@ class OptimizerSpec:
     """The package to install, where it is not one that is always there."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that differ from the class's own defaults."""
-    reserved: frozenset[str] = frozenset({"params", "lr"})
-    """Arguments that `--optimizer_args` may not set."""
+    reserved: Mapping[str, str] = _RESERVED
+    """Arguments that `--optimizer_args` may not set, and why."""
     adapts_rate: bool = False
     """Estimates its own step size d; the learning rate is a factor of it, usually 1.0."""
     syncs: bool = False
@@ -89,14 +110,36 @@ def accepted_arguments(spec: OptimizerSpec) -> tuple[str, ...]:
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Find out before anything is loaded whether the optimizer takes `arguments`.
+    """Find out before anything is loaded whether the optimizer takes `arguments`, by a step on a small parameter.
 
     Raises:
-        ConfigError: as `make_optimizer`.
+        ConfigError: as `make_optimizer`, and for a value that only the step refuses.
     """
     import torch
 
-    make_optimizer(name, [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}], arguments)
+    parameter = torch.nn.Parameter(torch.full((2, 3), 0.5))
+    optimizer = make_optimizer(name, [{"params": [parameter], "lr": 1.0}], arguments)
+    parameter.grad = torch.full_like(parameter, 0.1)
+    with _refusing(find_optimizer(name), arguments):
+        optimizer.step()
+        if not parameter.isfinite().all():
+            raise ValueError("the first step gives values that are not finite")
+
+
+def check_rates(name: str, rates: Mapping[str, float]) -> None:
+    """Refuse unlike learning rates for an optimizer that estimates one rate for all parameters.
+
+    Args:
+        rates: rate by network role ("unet", "text_encoder"); those that are 0 learn nothing and do not count.
+
+    Raises:
+        ConfigError: with the flags and their rates.
+    """
+    spec = find_optimizer(name)
+    used = {role: rate for role, rate in rates.items() if rate != 0}
+    if spec.adapts_rate and len(set(used.values())) > 1:
+        shown = ", ".join(f"--{role}_lr = {rate:.12g}" for role, rate in used.items())
+        raise ConfigError(f"{shown}: {spec.name} takes one learning rate for all; give equal rates")
 
 
 def make_optimizer(
@@ -105,9 +148,25 @@ def make_optimizer(
     """Build the optimizer over `groups` (each with "params" and "lr").
 
     Raises:
-        ConfigError: for an unknown name or argument (naming the accepted ones), or a value that the class refuses.
+        ConfigError: for an unknown name, an unknown or reserved argument (naming the accepted ones), or a value that
+            the class refuses.
     """
     spec = find_optimizer(name)
+    found = optimizer_class(spec)
+    _check_names(spec, arguments)
+    _check_switches(spec, arguments)
+    values = {**spec.defaults, **arguments}
+    if values.get("foreach"):
+        values.pop("fused", None)
+    with _refusing(spec, arguments):
+        return found([dict(group) for group in groups], **values)
+
+
+def _check_names(spec: OptimizerSpec, arguments: Mapping[str, Any]) -> None:
+    known = inspect.signature(optimizer_class(spec)).parameters
+    for key in arguments:
+        if key in spec.reserved and key in known:
+            raise ConfigError(f"--optimizer_args = {key}: {spec.reserved[key]}")
     accepted = accepted_arguments(spec)
     unknown = [key for key in arguments if key not in accepted]
     if unknown:
@@ -115,13 +174,30 @@ def make_optimizer(
             f"--optimizer_args = {', '.join(unknown)}: {spec.name} takes no such argument; "
             f"it accepts {', '.join(accepted)}"
         )
-    values = {**spec.defaults, **arguments}
-    if values.get("foreach") or values.get("differentiable"):
-        values.pop("fused", None)
+
+
+def _check_switches(spec: OptimizerSpec, arguments: Mapping[str, Any]) -> None:
+    """Classes take any value as true where they expect a switch: `fused=abc` would switch it on."""
+    parameters = inspect.signature(optimizer_class(spec)).parameters
+    for key, value in arguments.items():
+        default = spec.defaults.get(key, parameters[key].default)
+        # `foreach: bool | None = None` is a switch too.
+        switch = isinstance(default, bool) or "bool" in str(parameters[key].annotation)
+        if switch and not isinstance(value, bool) and (value is not None or isinstance(default, bool)):
+            raise ConfigError(
+                f"--optimizer_args = {key}={value!r}: {spec.name} takes True or False here; write {key}=True"
+            )
+
+
+@contextlib.contextmanager
+def _refusing(spec: OptimizerSpec, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """What the class raises inside the block is a `ConfigError`; what it prints is kept back."""
     try:
-        return optimizer_class(spec)([dict(group) for group in groups], **values)
-    except (TypeError, ValueError) as problem:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except _FAILURES as problem:
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        reason = str(problem) or type(problem).__name__
         raise ConfigError(
-            f"--optimizer_args = {given}: {spec.name} refuses them: {problem}; correct the value"
+            f"--optimizer_args = {given}: {spec.name} refuses them: {reason}; correct the value"
         ) from None

@@ -23,8 +23,6 @@ class ParamGroup:
     params: dict[str, nn.Parameter]
     """By the names that `Trainable.tensors` gives them."""
     lr: float
-    until: int | None = None
-    """The update from which on the group no longer learns; None: it learns to the end."""
 
 
 class Trainable(Protocol):

@@ -113,8 +113,9 @@ class Lora:
 
     def install(self, family: Family) -> None:
         """Put the modules into the networks that have a rate."""
-        for role in ("text_encoder", "unet"):
-            if role in family.networks and self.trains(role):
+        # Text encoders first, as in sd-scripts' files and logs.
+        for role in sorted(family.networks, key=lambda role: role == "unet"):
+            if self.trains(role):
                 self.modules[role] = self._install_role(family, role, family.lora_targets(role))
 
     def _install_role(self, family: Family, role: str, targets: Sequence[LoraTarget]) -> dict[str, LoraModule]:
@@ -135,7 +136,7 @@ class Lora:
         """One group for each network, as sd-scripts logs them."""
         return [
             ParamGroup(
-                GROUP_NAMES[role],
+                GROUP_NAMES.get(role, role),
                 {
                     f"{name}.lora_{half}.weight": parameter
                     for name, module in modules.items()
@@ -204,6 +205,27 @@ class Lora:
         precision = self.settings.precision or torch.float32
         chosen = self.tensors() if tensors is None else tensors
         write_network(path, {name: tensor.to(precision) for name, tensor in chosen.items()}, metadata)
+
+
+def describe_network(tensors: Mapping[str, Tensor]) -> str:
+    """What a LoRA file holds, in the words of the options that fit it."""
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_down.weight")}
+    if not ranks:
+        return "the file holds no LoRA in kohya's format (KEY.lora_down.weight)"
+    alphas = {round(float(tensor), 4) for name, tensor in tensors.items() if name.endswith(".alpha")}
+    if len(ranks) > 1 or len(alphas) > 1:
+        return f"the file's modules differ in rank {sorted(ranks)} or alpha {sorted(alphas)}, not yet supported"
+    text = f"the file fits --network_dim {max(ranks)}" + (f" --network_alpha {max(alphas):g}" if alphas else "")
+    for prefix, option in (("lora_te", "unet"), ("lora_unet", "text_encoder")):
+        if not any(name.startswith(prefix) for name in tensors):
+            text += f" --network_train_{option}_only"
+    return text
+
+
+def without_roles(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+    """`tensors` without those of networks that `lora` does not train."""
+    prefixes = tuple("lora_unet_" if role == "unet" else "lora_te" for role in lora.modules)
+    return {name: t for name, t in tensors.items() if name.startswith(prefixes) or not name.startswith("lora_")}
 
 
 def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], strict: bool) -> list[str]:

@@ -1,0 +1,59 @@
+"""sd-scripts' names for what a run writes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """sd-scripts' names for what a run writes into its output folder."""
+
+    folder: Path
+    name: str | None
+    extension: str = ".safetensors"
+
+    def at_step(self, step: int) -> str:
+        """`N-step00000100`, or `at-step00000100` without a name."""
+        return f"{self.name or 'at'}-step{step:08d}"
+
+    def at_epoch(self, epoch: int) -> str:
+        """`N-000002`, or `epoch-000002` without a name."""
+        return f"{self.name or 'epoch'}-{epoch:06d}"
+
+    @property
+    def last(self) -> str:
+        """`N`, or `last` without a name."""
+        return self.name or "last"
+
+    def model(self, stem: str) -> Path:
+        """The model file of a save."""
+        return self.folder / f"{stem}{self.extension}"
+
+    def state(self, stem: str) -> Path:
+        """The state folder of a save."""
+        return self.folder / f"{stem}-state"
+
+    def existing(self) -> list[Path]:
+        """What an earlier run of the same names left in the folder."""
+        if not self.folder.is_dir():
+            return []
+        stems = [re.escape(self.last), re.escape(self.name or "at") + r"-step\d{8}"]
+        stems.append(re.escape(self.name or "epoch") + r"-\d{6}")
+        pattern = re.compile(f"(?:{'|'.join(stems)})(?:{re.escape(self.extension)}|-state)")
+        return sorted(entry for entry in self.folder.iterdir() if pattern.fullmatch(entry.name))
+
+    def states(self) -> list[Path]:
+        """The state folders among them."""
+        return [path for path in self.existing() if path.is_dir()]
+
+    def remove_existing(self) -> None:
+        """Delete what an earlier run left, so that nothing of it can be taken for this run's."""
+        for path in self.existing():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

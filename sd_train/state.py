@@ -1,0 +1,215 @@
+"""The state of a run: sealed folders from which a training continues bit for bit."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sd_train.errors import ConfigError, DataError, ModelError
+from sd_train.files import put_tensors, sha256, write_folder
+from sd_train.names import FileNames
+from sd_train.trainables.base import ParamGroup, Trainable
+from sd_train.types import Progress
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+Extra = tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]]
+"""How to read a JSON state and how to put it back."""
+
+
+@dataclass(frozen=True)
+class StateParts:
+    """Everything that a state holds beside `Progress`."""
+
+    trainable: Trainable
+    groups: list[ParamGroup]
+    optimizer: torch.optim.Optimizer
+    extras: Mapping[str, Extra]
+    """By name: scaler, report."""
+    config_text: str
+    base_model: str
+    """Digest of the frozen base model."""
+
+
+@dataclass(frozen=True)
+class ResumedFrom:
+    """A sealed state that was put back."""
+
+    path: Path
+    progress: Progress
+    config_text: str
+
+
+def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as tensors and JSON, by parameter name instead of number."""
+    names = [name for group in parts.groups for name in group.params]
+    saved = parts.optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {"optimizer": type(parts.optimizer).__name__, "state": {}, "groups": []}
+    for number, values in saved["state"].items():
+        name = names[number]
+        plain["state"][name] = {}
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"state/{name}/{key}"] = value.clone()
+            else:
+                plain["state"][name][key] = value
+    for place, group in enumerate(saved["param_groups"]):
+        kept: dict[str, Any] = {}
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                tensors[f"group/{place}/{key}"] = value.clone()
+            elif key != "params":
+                kept[key] = value
+        plain["groups"].append(kept)
+    return tensors, plain
+
+
+def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Put back what `optimizer_state` gave.
+
+    What the optimizer has learned comes from the state, what was given to it (weight decay, betas) from this run's
+    configuration.
+    """
+    given = inspect.signature(type(parts.optimizer)).parameters
+    numbers = {name: number for number, name in enumerate(n for group in parts.groups for n in group.params)}
+    state: dict[int, dict[str, Any]] = {numbers[name]: dict(values) for name, values in plain["state"].items()}
+    current = parts.optimizer.state_dict()
+    groups = []
+    for place, group in enumerate(current["param_groups"]):
+        saved = plain["groups"][place]
+        # JSON knows no tuples; betas must come back as they were.
+        restored = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key not in given}
+        groups.append({**group, **restored, "params": group["params"]})
+    for name, tensor in tensors.items():
+        kind, owner, key = name.split("/", 2)
+        if kind == "state":
+            state[numbers[owner]][key] = tensor
+        else:
+            groups[int(owner)][key] = tensor
+    parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
+    """Write a state folder; the manifest with sizes and hashes seals it."""
+    tensors, plain = optimizer_state(parts)
+    extras = {name: read() for name, (read, _) in parts.extras.items()}
+
+    def fill(folder: Path) -> None:
+        put_tensors(folder / "trainable.safetensors", parts.trainable.tensors())
+        put_tensors(folder / "optimizer.safetensors", tensors)
+        texts = {
+            "optimizer.json": json.dumps(plain),
+            "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),
+            "config.toml": parts.config_text,
+        }
+        for name, text in texts.items():
+            (folder / name).write_bytes(text.encode())
+        files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
+        manifest = {"format": FORMAT, "step": progress.step, "base_model": parts.base_model, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+    write_folder(path, fill)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the state at `path`, after every file was checked against it.
+
+    Raises:
+        DataError: if the state is unsealed, of another format, or a file differs.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, _, _ = int(manifest["format"]), int(manifest["step"]), str(manifest["base_model"])
+        files = {path / name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: is no sealed state (no readable {MANIFEST}); choose another state") from None
+    if version != FORMAT:
+        raise DataError(f"{path}: state format {version}, this version reads {FORMAT}; choose another state")
+    for file, (size, digest) in files.items():
+        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
+            raise DataError(f"{file}: differs from what was saved; choose another state")
+    return manifest
+
+
+def find_state(choice: str, names: FileNames, warn: Callable[[str], None]) -> Path:
+    """The folder that `--resume` means: a path, or with "latest" the sealed state of this run that is furthest on.
+
+    `warn` is told of broken ones that are passed over.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if choice != "latest":
+        path = Path(choice)
+        if not path.is_dir():
+            raise ConfigError(f"--resume = {choice!r}: there is no such state folder; give its path, or latest")
+        return path
+    found: list[tuple[int, Path]] = []
+    for path in names.states():
+        try:
+            found.append((int(read_manifest(path)["step"]), path))
+        except DataError as problem:
+            warn(f"warning: --resume = 'latest': passed over: {problem}")
+    if not found:
+        raise ConfigError(
+            f"--resume = 'latest': {names.folder} holds no sealed state named {names.last}-...-state; "
+            "states are written with --save_state; leave --resume away to start anew"
+        )
+    return max(found)[1]
+
+
+def read_progress(path: Path) -> Progress:
+    """Where the state at `path` stands; the rest of it is not read."""
+    read_manifest(path)
+    stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    return Progress(**stored["progress"])
+
+
+def load_state(path: Path, parts: StateParts) -> ResumedFrom:
+    """Put back the state at `path`.
+
+    Raises:
+        ConfigError: if it belongs to another optimizer.
+        DataError: if it is broken or was trained on another base model.
+        ModelError: if the trainable weights do not fit this configuration.
+    """
+    from safetensors.torch import load_file
+
+    manifest = read_manifest(path)
+    if manifest["base_model"] != parts.base_model:
+        raise DataError(
+            f"--resume = {path}: was trained on another base model (tensor digest {manifest['base_model'][:12]}, this "
+            f"one has {parts.base_model[:12]}); give the same --pretrained_model_name_or_path"
+        )
+    plain = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
+    stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    if plain["optimizer"] != (ours := type(parts.optimizer).__name__):
+        raise ConfigError(
+            f"--optimizer_type = {ours}: the state at {path} is one of {plain['optimizer']}; give that, or start anew "
+            "from the saved file with --network_weights"
+        )
+    if set(plain["state"]) - {name for group in parts.groups for name in group.params}:
+        raise DataError(
+            f"--resume = {path}: holds parameters that this configuration does not train; give the options of the "
+            f"network and the learning rates as they stand in {path / 'config.toml'}"
+        )
+    try:
+        parts.trainable.load(load_file(path / "trainable.safetensors"))
+    except ModelError as problem:
+        raise ModelError(f"--resume = {path}: {problem}") from None
+    load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
+    for name, (_, restore) in parts.extras.items():
+        # A change of precision is allowed: the state of a run without scaled gradients has no scale.
+        if name in stored["extras"]:
+            restore(stored["extras"][name])
+    config_text = (path / "config.toml").read_text(encoding="utf-8")
+    return ResumedFrom(path, Progress(**stored["progress"]), config_text)
