@@ -27,7 +27,15 @@ from sd_train.metadata import RunFacts, build_metadata, describe_base
 from sd_train.objectives.denoise import Denoise
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.optim.schedules import make_schedule
-from sd_train.plan import Prepared, describe, describe_batches, draw_function, plan_fingerprint, prepare
+from sd_train.plan import (
+    Prepared,
+    describe,
+    describe_batches,
+    draw_function,
+    plan_fingerprint,
+    prepare,
+    unused_fallbacks,
+)
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line
 from sd_train.state import Extra, StateParts, load_state
@@ -58,6 +66,8 @@ def run(config: RunConfig) -> int:
     for dataset, index in zip(prepared.plan.datasets, prepared.plan.indexes, strict=True):
         for warning in (*dataset.warnings, *index.warnings):
             say(f"warning: {warning}")
+    for warning in unused_fallbacks(config, prepared.plan.datasets):
+        say(f"warning: {warning}")
     drawn = "" if config.training.seed is not None or prepared.resume else " (drawn; give --seed to choose it)"
     say(f"seed: {prepared.progress.seed}{drawn}")
     say(describe(prepared.plan, config))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
-from sd_train.errors import ConfigError
+from sd_train.errors import ConfigError, RunError
 
 Precision = Literal["no", "fp16", "bf16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -20,6 +20,9 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+
+COMPARE_RANKS_EVERY = 100
+"""Updates."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class Updater:
         self.max_norm = max_norm
         self.scaler = GradScaler() if device.precision == "fp16" else None
         self.skipped = 0
+        self._steps = 0
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Set the learning rate of each group, in order."""
@@ -190,7 +194,27 @@ class Updater:
         if self.scaler is not None:
             self.scaler.update(finite)
         self.optimizer.zero_grad(set_to_none=True)
+        self._steps += 1
+        if self.device.world > 1 and self._steps % COMPARE_RANKS_EVERY == 0:
+            compare_ranks(self.params)
         return norm
+
+
+def compare_ranks(params: Sequence[nn.Parameter]) -> None:
+    """Find out whether all ranks still hold the same weights; they compute the same updates, so they must.
+
+    Raises:
+        RunError: if not.
+    """
+    total = torch.stack([parameter.detach().double().sum() for parameter in params]).sum()
+    lowest, highest = total.clone(), total.clone()
+    distributed.all_reduce(lowest, distributed.ReduceOp.MIN)
+    distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+    if not torch.equal(lowest, highest):
+        raise RunError(
+            f"the processes' weights have drifted apart (sums {float(lowest)!r} to {float(highest)!r}); "
+            "use the same software and the same kind of device in all of them, and go back to the last save"
+        )
 
 
 def reduce_gradients(params: Sequence[nn.Parameter], bucket_elements: int = 16 * 2**20) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,10 @@ from sd_train.errors import UserError
 
 def guarded(action: Callable[[], int]) -> int:
     """Run `action`; its exit code, or that of the error it ended in (130 after a second Ctrl-C)."""
+    for stream in (sys.stdout, sys.stderr):
+        # Captions and file names may hold what a console or a log file cannot; that is no reason to stop.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return action()
     except UserError as problem:

@@ -53,8 +53,8 @@ _NOT_GIVEN = {
     "ss_num_validation_images": "0",
     "ss_sd_scripts_commit_hash": "(unknown)",
 }
-_LAST_SECOND = 253402300799
-"""The end of the year 9999 (UTC), the last that ISO 8601 dates hold."""
+_LAST_SECOND = 253370764799
+"""The end of the year 9998 (UTC); a year of five digits is no ISO 8601 date, in any time zone."""
 _MINIMUM = (
     "ss_v2",
     "ss_base_model_version",
@@ -93,7 +93,7 @@ def now() -> float:
     if not fixed:
         return time.time()
     if not re.fullmatch(r"[0-9]{1,12}", fixed) or int(fixed) > _LAST_SECOND:
-        rule = "must be whole seconds since 1970, before the year 10000"
+        rule = "must be whole seconds since 1970, below the year 9999"
         way_out = "write for example SOURCE_DATE_EPOCH=1700000000, or unset the variable"
         raise ConfigError(str(Problem("the environment variable SOURCE_DATE_EPOCH", repr(fixed), rule, way_out)))
     return float(fixed)

@@ -26,7 +26,7 @@ from sd_train.families.base import LatentSpec
 from sd_train.families.registry import PUBLISHED_LATENT, check_model
 from sd_train.metadata import now
 from sd_train.names import FileNames
-from sd_train.optim.optimizers import check_arguments
+from sd_train.optim.optimizers import check_arguments, check_rates
 from sd_train.optim.schedules import find_schedule, make_schedule
 from sd_train.prompts import Prompt, load_prompts
 from sd_train.randomness import derive
@@ -178,6 +178,8 @@ def prepare(config: RunConfig) -> Prepared:
     names = FileNames(config.saving.output_dir, config.saving.output_name)
     checks(lambda: check_arguments(config.optimizer.optimizer_type, config.optimizer.optimizer_args))
     checks(lambda: find_schedule(config.optimizer.lr_scheduler))
+    checks(lambda: check_rates(config.optimizer.optimizer_type, learning_rates(config)))
+    checks(now)
     checks(lambda: check_model(Path(config.model.pretrained_model_name_or_path)))
     prompts = checks(lambda: load_prompts(config.sampling.sample_prompts) if config.sampling.sample_prompts else ())
     device = checks(lambda: open_device(config.training.mixed_precision))
@@ -277,6 +279,27 @@ def _fallbacks(config: RunConfig) -> dict[str, object]:
     fallbacks["num_repeats"] = fallbacks.pop("dataset_repeats")
     fallbacks["batch_size"] = config.training.train_batch_size
     return fallbacks
+
+
+def unused_fallbacks(config: RunConfig, datasets: Sequence[DatasetConfig]) -> list[str]:
+    """Warnings for options that were given and that every dataset overrides with a value of its own."""
+    own_names = {"num_repeats": "dataset_repeats", "batch_size": "train_batch_size"}
+    warnings = []
+    for name, value in _fallbacks(config).items():
+        option = own_names.get(name, name)
+        # Bucket limits are rounded where they are used, so a difference says nothing.
+        if config.origins.get(option, "default") == "default" or name in ("min_bucket_reso", "max_bucket_reso"):
+            continue
+        holders: list[object] = list(datasets)
+        if not hasattr(datasets[0], name):
+            holders = [subset for dataset in datasets for subset in dataset.subsets]
+        if all(getattr(holder, name) != value for holder in holders):
+            where = config.origins[option]
+            shown = where if where.startswith("--") else f"{where}: {option}"
+            warnings.append(
+                f"{shown} = {value!r}: has no effect: {config.dataset.dataset_config} sets its own value everywhere"
+            )
+    return warnings
 
 
 def _first_progress(config: RunConfig, resume: Path | None, device: Device) -> Progress:

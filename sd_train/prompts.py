@@ -6,7 +6,6 @@ as options, a value that cannot be read and an unknown option are errors, and a 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd_train.config.textfile import read_text, read_toml
+from sd_train.config.textfile import read_json, read_text, read_toml
 from sd_train.errors import ConfigError, Problem, Problems
 
 logger = logging.getLogger(__name__)
@@ -48,6 +47,7 @@ SAMPLER_NAMES = (*CANONICAL_SAMPLERS, *SAMPLER_ALIASES)
 
 MINIMUM_SIZE = 64
 SIZE_STEP = 8
+MAXIMUM_SIZE = 16384
 MAXIMUM_STEPS = 1000
 MAXIMUM_SEED = 2**64 - 1
 
@@ -70,7 +70,7 @@ _WITHOUT_EFFECT = frozenset({"guidance_scale", "cfg_trunc_ratio", "renorm_cfg", 
 _KNOWN_FLAGS = "--n (negative prompt), --w, --h (size), --d (seed), --s (steps), --l (guidance scale), --ss (sampler)"
 _KEYS = ("prompt", *_FLAGS.values())
 
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?\d{1,30}")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 
 
@@ -81,7 +81,7 @@ class Prompt:
     text: str
     negative: str = ""
     width: int = 512
-    """Pixels, a multiple of 8, at least 64; so is `height`."""
+    """Pixels, a multiple of 8 from 64 to 16384; so is `height`."""
     height: int = 512
     seed: int | None = None
     """None: drawn from the run's seed, the step and the prompt's number."""
@@ -204,6 +204,8 @@ def _check(key: str, value: Any, where: str) -> list[Problem]:
     elif key == "seed":
         if not -1 <= value <= MAXIMUM_SEED:
             found.add(where, value, "a seed is 0 to 2^64 - 1", "choose another; -1 or no seed draws one")
+    elif key in ("width", "height") and value > MAXIMUM_SIZE:
+        found.add(where, value, f"must be at most {MAXIMUM_SIZE} pixels", "write e.g. 512 or 1024")
     elif value < 0:
         found.add(where, value, "must not be negative", "write e.g. 30 steps, 512 pixels")
     return found.found
@@ -278,11 +280,7 @@ def _from_toml(path: Path, problems: Problems) -> list[Prompt | None]:
 
 
 def _from_json(path: Path, problems: Problems) -> list[Prompt | None]:
-    try:
-        items = json.loads(read_text(path))
-    except json.JSONDecodeError as problem:
-        place = f"{path}:{problem.lineno}:{problem.colno}"
-        raise ConfigError(f"{place}: not valid JSON ({problem.msg}); write a list of objects or lines") from None
+    items = read_json(path, "write a list of objects or lines")
     if not isinstance(items, list):
         problems.add(str(path), None, "must hold a list", 'write [{"prompt": "a cat"}, "a dog --w 512"]')
         return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ RULED = {  # options that rules between options or the file system restrict
     "sample_prompts", "log_with", "dataset_config", "network_weights", "resume", "output_name",
     "output_dir", "logging_dir",
 }  # fmt: skip
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 ARGUMENTS = st.dictionaries(
     st.sampled_from(["betas", "eps", "weight_decay", "mode"]),
     st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXT, st.none())
@@ -33,12 +32,12 @@ ARGUMENTS = st.dictionaries(
 )
 SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "optimizer_args": ARGUMENTS,
-    "resolution": st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
+    "resolution": st.tuples(st.integers(64, 4096), st.integers(64, 16384)),
     "lr_warmup_steps": st.integers(0, 10**6) | st.floats(1e-6, 0.999),
     "lr_scheduler": st.just("linear"),
     "text_encoder_lr": st.floats(0, 1),
     "unet_lr": st.floats(1e-9, 1),
-    "console_log_file": st.just(Path("a b\\'c\".log")),
+    "pretrained_model_name_or_path": st.just("a b\\'c\".ckpt"),
 }
 
 
@@ -48,7 +47,7 @@ def strategy(option: Option) -> st.SearchStrategy[Any]:
     if option.choices:
         return st.sampled_from(option.choices)
     number: dict[str, st.SearchStrategy[Any]] = {
-        "int": st.integers(1, 2**31),
+        "int": st.integers(1, 1024),
         "float": st.floats(1e-9, 0.99),
         "flag": st.booleans(),
         "text": TEXT,
@@ -82,7 +81,7 @@ def test_dumped_text_resolves_to_an_equal_config(
     }
     config = RunConfig(command="train_network", origins={}, **groups)
     text = dump_toml(config)
-    assert all(f"\n# {group}\n" in text for group in GROUPS if group != "metadata")
+    assert all(f"\n# {group}\n" in text for group in GROUPS if group not in ("logging", "metadata"))
     (folder / "again.toml").write_text(text, encoding="utf-8", newline="\n")
     assert load_run_config("train_network", ["--config_file", str(folder / "again.toml")]).config == config
 

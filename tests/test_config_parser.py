@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,13 +118,68 @@ class TestCommandLine:
             ("--log_with wandb --logging_dir logs", "is not yet supported; write tensorboard"),
             ("--network_module lycoris.kohya", "is not yet supported; write networks.lora"),
             ("--max_train_steps 0", "must be a whole number >= 1"),
+            ("--max_train_steps 1000000001", "must be a whole number >= 1 and <= 1000000000"),
+            ("--max_train_epochs 1000000001", "--max_train_epochs"),
+            ("--train_batch_size 65537", "--train_batch_size"),
+            ("--vae_batch_size 65537", "--vae_batch_size"),
+            ("--gradient_accumulation_steps 1000001", "--gradient_accumulation_steps"),
+            ("--max_data_loader_n_workers 1025", "--max_data_loader_n_workers"),
+            ("--network_dim 16385", "--network_dim"),
+            ("--network_alpha 1e7", "must be a number >= 0 and <= 1000000"),
+            ("--learning_rate 1e7", "--learning_rate"),
+            ("--unet_lr 1e7", "--unet_lr"),
+            ("--text_encoder_lr 1e7", "--text_encoder_lr"),
+            ("--dataset_repeats 1000001", "--dataset_repeats"),
+            ("--max_bucket_reso 32769", "--max_bucket_reso"),
+            ("--resolution 63", "each side must be 64 to 16384 pixels"),
+            ("--resolution 512,16385", "each side must be 64 to 16384 pixels"),
+            (f"--seed {'9' * 5000}", "--seed"),
+            (f"--max_train_steps {'9' * 400}", "--max_train_steps"),
         ],
     )
     def test_bad_values(self, words: str, expected: str) -> None:
         assert expected in refused(*words.split())
 
 
+    @pytest.mark.parametrize(
+        "name", ["output_dir", "dataset_config", "resume", "network_weights", "logging_dir", "metadata_author"]
+    )
+    def test_text_that_no_file_can_hold(self, name: str) -> None:
+        assert f"--{name} = 'a\\x00b': holds a null character; remove it" in refused(f"--{name}", "a\0b")
+        assert "holds bytes that are not UTF-8" in refused(f"--{name}", os.fsdecode(b"caf\xe9"))
+
+    @pytest.mark.parametrize(
+        "name",
+        ["output_dir", "dataset_config", "resume", "logging_dir", "config_file", "pretrained_model_name_or_path"],
+    )
+    def test_names_that_are_too_long(self, name: str) -> None:
+        assert f"{'x' * 40}" in refused(f"--{name}", "x" * 300)
+
+    def test_null_characters_in_the_name_of_the_file(self) -> None:
+        assert "no file name holds a null character" in refused("--config_file", "a\0b")
+        assert "no file name holds a null character" in refused("--config_file", "a\0b", "--output_config")
+
+
 class TestConfigFile:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            (f"seed = {'1' * 5000}", "a number has more than"),
+            (f"seed = 0x{'f' * 5000}", "a number has more than"),
+            (f"optimizer_args = [{'1' * 5000}]", "a number has more than"),
+            (f"optimizer_args = {'[' * 5000}", "is nested deeper than"),
+            (f"optimizer_args = {'[' * 100}{']' * 100}", "is nested deeper than"),
+            ('output_dir = "a\\u0000b"', "run.toml:1: output_dir = 'a\\x00b': holds a null character"),
+            ('optimizer_args = ["a=\\u0000"]', "holds a null character"),
+        ],
+    )
+    def test_what_python_itself_gives_up_on(self, folder: Path, text: str, expected: str) -> None:
+        (folder / "run.toml").write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            load_run_config("train_network", ["--config_file", "run.toml"])
+        assert "run.toml" in str(caught.value)
+        assert expected in str(caught.value)
+
     def test_command_line_then_file_then_default_with_origins(self, folder: Path) -> None:
         text = '\ufeff[a]\r\nmax_train_steps = 800\r\nseed = "7"\r\n[b]\r\ncache_latents = true\r\nflip_aug = true\r\n'
         (folder / "run.toml").write_bytes(text.encode())
@@ -199,6 +255,12 @@ class TestRules:
             ("--network_weights none.safetensors", "there is no such file"),
             ("--resume none", "there is no such folder"),
             ("--output_name a/b", "give the folder as output_dir"),
+            ("--output_name a\\b", "give the folder as output_dir"),
+            ("--output_name a\x1bb", "control character"),
+            ("--output_name a\x7fb", "control character"),
+            (f"--output_name {'x' * 151}", "longer than 150 characters"),
+            (f"--output_name {'猫' * 70}", "200 bytes in UTF-8"),
+            (f"--output_dir a/{'猫' * 90}/b", "longer than 255 bytes"),
             ("--logging_dir prompts.txt", "is a file"),
             ("--use_8bit_adam --optimizer_type Lion", "stands for optimizer_type = AdamW8bit"),
             ("--use_8bit_adam --use_lion_optimizer", "remove one of the two"),
@@ -219,12 +281,29 @@ class TestRules:
             ("--learning_rate 0", "nothing is learned"),
             ("--learning_rate 0 --unet_lr 1e-4", None),
             ("--unet_lr 0", None),
+            (f"--output_name {'x' * 150}", None),
+            (f"--output_name {'猫' * 60}", None),
+            ("--sample_prompts prompts.txt --sample_every_n_steps 5 --sample_every_n_epochs 1",
+             "--sample_every_n_steps has no effect: sample_every_n_epochs is given"),
+            ("--sample_prompts prompts.txt --sample_every_n_steps 5 --sample_every_n_epochs 0", None),
+            ("--vae_batch_size 4", "--vae_batch_size has no effect: cache_latents is not given"),
+            ("--vae_batch_size 1", None),
+            ("--vae_batch_size 4 --cache_latents", None),
+            ("--network_weights prompts.txt --resume .", "--network_weights has no effect: resume"),
+            ("--network_weights prompts.txt", None),
+            ("--lowvram", "--lowvram has no effect"),
+            ("--console_log_level DEBUG", "redirect them"),
             ("--train_data_dir photos", "it is ignored because dataset_config is given"),
         ],
     )
     def test_warned_or_accepted(self, words: str, expected: str | None) -> None:
         warnings = load(*words.split()).warnings
         assert [expected in warning for warning in warnings] == [True] if expected else warnings == ()
+
+    @pytest.mark.skipif(os.name == "nt", reason="an error there")
+    def test_names_that_windows_does_not_take(self) -> None:
+        (warning,) = load("--output_name", "a:b?").warnings
+        assert "Windows takes no : ? in file names" in warning
 
     def test_shorthand_and_other_spelling(self) -> None:
         config = load("--use_lion_optimizer", "--caption_extention", ".txt").config

@@ -113,6 +113,9 @@ def test_all_problems_come_at_once_with_file_and_line(photos: Path) -> None:
         ("bucket_reso_steps = 96", "multiple of 64"),
         ("validation_split = 0.5", "not yet supported"),
         ("cache_latents = true", "--cache_latents"),
+        ("batch_size = 65537", "must be at most 65536"),
+        ("num_repeats = 1000001", "must be at most 1000000"),
+        ("max_bucket_reso = 32769", "must be at most 32768"),
     ],
 )
 def test_rules_of_a_dataset(keys: str, words: str, photos: Path) -> None:
@@ -145,6 +148,16 @@ def test_unsupported_keys_at_their_defaults_are_accepted(photos: Path) -> None:
         ('{"datasets": [{"subsets": ["a"]}]}', "datasets[0].subsets[0]"),
         ('{"datasets": [{"image_dir": "x", "subsets": []}]}', "move it to [[datasets.subsets]]"),
         ('{"general": 5, "datasets": {}}', "general: must be a table"),
+        ('{"datasets": [{"batch_size": ' + "1" * 5000 + "}]}", "data.json: a number has more than"),
+        ('{"a": ' * 100_000, "data.json: is nested deeper than"),
+        ('{"a": ' * 400 + "0" + "}" * 400, "data.json: is nested deeper than"),
+        ('{"datasets": [{"subsets": [{"image_dir": "a\\u0000b"}]}]}', "holds a null character"),
+        ('{"datasets": [{"subsets": [{"image_dir": "a\\ud800b"}]}]}', "half a character"),
+        (f"x = {'[' * 5000}", "data.toml: is nested deeper than"),
+        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a\\u0000b"', "data.toml:3: "),
+        (f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{"x" * 300}"', "data.toml:3: "),
+        ("[[datasets]]\nresolution = 63", "each side must be 64 to 16384 pixels"),
+        ("[[datasets]]\nresolution = [64, 16385]", "each side must be 64 to 16384 pixels"),
         ('{"datasets": [{"token_warmup_step": Infinity}]}', "must be a finite number"),
     ],
 )

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sd_train.data.batches import BatchSettings, Updates
+from sd_train.data.captions import sample_caption
 from sd_train.data.config import DatasetConfig, SubsetConfig
+from sd_train.data.images import sample_view
 from sd_train.data.index import ImageIndex, balance, build_index
+from sd_train.diffusion.schedule import Draws
 from sd_train.errors import DataError
+from sd_train.types import Progress
 
 REG = json.loads((Path(__file__).parent / "data/dataset_reg.json").read_text(encoding="utf-8"))["cases"]
 
@@ -156,3 +163,49 @@ def test_columns_have_one_row_an_image(tmp_path: Path) -> None:
     assert {len(column) for column in columns} == {len(found)}
     assert isinstance(found.repeats, np.ndarray)
     assert abs(found.mean_aspect_error - (90 / 64 - 1)) < 1e-12
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders")
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    put(tmp_path / "real", "a.png", caption="cat")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    os.mkfifo(photos / "pipe.jpg")
+    os.mkfifo(photos / "linked.txt")
+    assert "no image lies in this folder" in refusal(subset(photos))
+    (photos / "linked.png").symlink_to(tmp_path / "real" / "a.png")
+    found = index(subset(photos, class_tokens="x"))
+    assert (found.paths, found.captions) == (["linked.png"], ["x"])
+    (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert "gone.png: the image cannot be read" in refusal(subset(photos, class_tokens="x"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are not bytes there")
+def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    put(tmp_path, name, caption="A Cat")
+    put(tmp_path, os.fsdecode(b"caf\xe8.png"))
+    found = index(subset(tmp_path, flip_aug=True, shuffle_caption=True), allow=True)
+    assert found.paths[1] == name
+    for warning in found.warnings:
+        assert "caf\\udce8.png" in warning.encode().decode()
+    first, second = found.record(0), found.record(1)
+    assert first.key != second.key
+    views = [[sample_view(record, 0, epoch, 0).flip for epoch in range(64)] for record in (first, second)]
+    assert views[0] != views[1]
+    assert sample_caption(second, 0, 0, 0, 0, 1) == "A Cat"
+    assert json.dumps(found.tag_frequency()).isascii()
+    draws = Draws(torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64))
+    settings = BatchSettings(seed=0, accumulation=1, workers=0)
+    updates = Updates([found], [2], settings, lambda step, places, width, height: draws)
+    (update,) = updates.starting_at(Progress(seed=0, session_id=0, started_at=0.0), 1)
+    (batch,) = update.batches
+    assert sorted(key.encode() for key in batch.keys) == [b"caf\\udce8.png", b"caf\\udce9.png"]
+
+
+def test_more_samples_than_can_be_ordered(tmp_path: Path) -> None:
+    for number in range(101):
+        (tmp_path / f"{number}.png").touch()
+    message = refusal(subset(tmp_path, class_tokens="x", num_repeats=1_000_000))
+    assert "data.toml:1: datasets[0]: an epoch would have 101,000,000 samples" in message
+    assert "lower num_repeats" in message

@@ -16,8 +16,9 @@ from safetensors import safe_open
 
 from sd_train.config.options import RunConfig
 from sd_train.config.parser import load_run_config
+from sd_train.errors import ConfigError
 from sd_train.files import write_network
-from sd_train.metadata import RunFacts, build_metadata, describe_base
+from sd_train.metadata import RunFacts, build_metadata, describe_base, now
 from sd_train.plan import prepare
 from sd_train.types import Progress
 from tests.models import golden
@@ -148,6 +149,15 @@ def test_the_clock_can_be_fixed(config: RunConfig, facts: RunFacts, monkeypatch:
     progress = prepare(config).progress
     assert progress.started_at == 1700000000.0
     assert progress == prepare(config).progress
+
+
+@pytest.mark.parametrize("value", ["abc", "1e30", "-1", "1.5", "nan", "253370764800", "9" * 5000])
+def test_a_clock_that_cannot_be(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", value)
+    with pytest.raises(ConfigError, match=r"SOURCE_DATE_EPOCH = '.*must be whole seconds.*unset the variable"):
+        now()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "253370764799")
+    assert now() == 253370764799
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from sd_train.device import Device, GradScaler, Updater
 from sd_train.errors import ConfigError
-from sd_train.optim.optimizers import OPTIMIZERS, accepted_arguments, find_optimizer, make_optimizer, optimizer_class
+from sd_train.optim.optimizers import (
+    OPTIMIZERS,
+    accepted_arguments,
+    check_arguments,
+    check_rates,
+    find_optimizer,
+    make_optimizer,
+    optimizer_class,
+)
 from sd_train.optim.schedules import SCHEDULES, find_schedule, make_schedule
 from sd_train.state import StateParts, load_optimizer_state, optimizer_state
 from sd_train.trainables.base import ParamGroup
@@ -137,6 +145,59 @@ def test_values_that_the_class_refuses() -> None:
         Problem("adamw", {"betas": (1.5, 0.9)})
     with pytest.raises(ConfigError, match="AdamW refuses them"):
         Problem("adamw", {"weight_decay": -1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "part"),
+    [
+        ("lion", {"betas": (2, 3)}, "Lion refuses them"),
+        ("lion", {"betas": (0.9,)}, "Lion refuses them"),
+        ("lion", {"weight_decay": (1, 2)}, "Lion refuses them"),
+        ("lion", {"use_triton": True}, "use_triton: replaces the update by a kernel"),
+        ("prodigy", {"beta3": "abc"}, "Prodigy refuses them"),
+        ("prodigy", {"slice_p": 0}, "Prodigy refuses them"),
+        ("prodigy", {"growth_rate": "fast"}, "Prodigy refuses them"),
+        ("prodigy", {"weight_decay": 1e400}, "not finite"),
+        ("prodigy", {"fsdp_in_use": True}, "fsdp_in_use: is for sharded parameters"),
+        ("prodigy", {"decouple": "no"}, "takes True or False here; write decouple=True"),
+        ("adamw", {"betas": (0.9,)}, "AdamW refuses them"),
+        ("adamw", {"eps": 10**4000}, "AdamW refuses them"),
+        ("adamw", {"fused": "abc"}, "fused='abc': AdamW takes True or False here"),
+        ("adamw", {"fused": None}, "takes True or False here"),
+        ("adamw", {"foreach": 1}, "takes True or False here"),
+        ("adamw", {"amsgrad": 1}, "takes True or False here"),
+        ("adamw", {"maximize": True}, "maximize: would raise the loss"),
+        ("adamw", {"capturable": False}, "capturable: is for CUDA graphs"),
+        ("adamw", {"differentiable": True}, "differentiable: "),
+        ("adamw", {"use_triton": True}, "use_triton: AdamW takes no such argument"),
+    ],
+)
+def test_what_only_a_step_refuses(name: str, arguments: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_arguments(name, arguments)
+    assert part in str(caught.value)
+    assert str(caught.value).startswith("--optimizer_args = ")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_good_arguments_pass_without_a_word(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    check_arguments(name, {})
+    check_arguments(name, {"weight_decay": 0.01, "betas": (0.9, 0.99)})
+    Problem(name, {"weight_decay": 0.01})
+    if name == "adamw":
+        for arguments in ({"foreach": True}, {"foreach": None}, {"fused": False, "amsgrad": True}):
+            check_arguments(name, arguments)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_unlike_rates_of_an_optimizer_that_finds_its_own() -> None:
+    expected = r"--unet_lr = 1, --text_encoder_lr = 0\.5: Prodigy takes one learning rate for all; give equal rates"
+    with pytest.raises(ConfigError, match=expected):
+        check_rates("prodigy", {"unet": 1.0, "text_encoder": 0.5})
+    check_rates("prodigy", {"unet": 1.0, "text_encoder": 1.0})
+    check_rates("prodigy", {"unet": 1.0, "text_encoder": 0.0})
+    check_rates("prodigy", {})
+    check_rates("AdamW", {"unet": 1.0, "text_encoder": 0.5})
 
 
 def test_adamw_is_fused_and_equals_torchs_own() -> None:
@@ -320,7 +381,8 @@ def test_the_scale_doubles_and_halves() -> None:
 RANK = """
 import sys, torch
 from torch import distributed, nn
-from sd_train.device import Device, Updater, reduce_gradients
+from sd_train.device import Device, Updater, compare_ranks, reduce_gradients
+from sd_train.errors import RunError
 rank, store, target = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
@@ -340,6 +402,14 @@ updater = Updater(device, torch.optim.SGD(params, lr=1.0), params, 0.0)
 updater.backward((params[0] * (rank + 1)).sum())
 norm = updater.step()
 said = [device.any(rank == 1), device.any(False), device.shared(10 + rank), device.sum(torch.tensor(rank + 1.0)).item()]
+compare_ranks(params)
+with torch.no_grad():
+    params[1][2] += rank * 1e-7
+try:
+    compare_ranks(params)
+    said.append("equal")
+except RunError as problem:
+    said.append(str(problem))
 torch.save({"results": results, "weight": params[0].detach(), "norm": norm, "said": said}, target)
 device.barrier()
 device.close()
@@ -363,4 +433,5 @@ def test_gradients_are_summed_over_processes(tmp_path: Path) -> None:
         assert found["results"] == [expected] * 3
         assert torch.equal(found["weight"], torch.full((2, 3), -3.0))
         assert found["norm"].item() == pytest.approx(3 * 6**0.5)
-        assert found["said"] == [True, False, 10, 3.0]
+        assert found["said"][:-1] == [True, False, 10, 3.0]
+        assert "have drifted apart" in found["said"][-1]

@@ -127,6 +127,15 @@ def test_golden_files(tmp_path: Path) -> None:
         ("p.json", '[{"text": "a"}]', "2 problems"),
         ("p.txt", "# nothing\n\n", "holds no prompt"),
         ("p.csv", "a cat", ".txt, .toml or .json"),
+        ("p.json", f'[{{"prompt": "a", "seed": {"1" * 5000}}}]', "p.json: a number has more than"),
+        ("p.json", "null", "must hold a list"),
+        ("p.json", "[" * 100_000, "p.json: is nested deeper than"),
+        ("p.json", "[" * 500 + "]" * 500, "p.json: is nested deeper than"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' stands twice"),
+        ("p.toml", f"[prompt]\nseed = {'1' * 5000}", "p.toml: a number has more than"),
+        ("p.toml", f"a = {'[' * 5000}", "p.toml: is nested deeper than"),
+        ("p.txt", f"a cat --d {'1' * 5000}", "p.txt:1: --d"),
+        ("p.txt", "a cat --w 16385", "must be at most 16384 pixels"),
     ],
 )
 def test_unusable_files(tmp_path: Path, name: str, text: str, part: str) -> None:

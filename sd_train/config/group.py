@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from sd_train.config.values import rejected
+
 
 def parts_of(annotation: Any) -> tuple[Any, ...]:
     """The types that `annotation` allows, None aside: `int | None` -> (int,)."""
@@ -28,6 +30,19 @@ class Group(BaseModel):
     """A group of options: frozen, unknown names forbidden, strict except that a number may be written as text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def text_of_files(cls, value: object) -> object:
+        """Options become paths, files and metadata, none of which hold null characters or what is not UTF-8."""
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(text, str):
+                continue
+            if "\0" in text:
+                raise rejected("holds a null character", "remove it")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise rejected("holds bytes that are not UTF-8", "rename the file or folder, or correct the text")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

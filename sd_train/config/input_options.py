@@ -35,7 +35,7 @@ class DatasetOptions(Group):
     debug_dataset: bool = Field(False, description="List what the first batches hold and end, without training.")
     cache_latents: bool = Field(False, description="Encode every image once and keep the latents in memory.")
     vae_batch_size: Annotated[int, Hint(zero_is_unset=True)] = Field(
-        1, ge=1, description="Images encoded at once while latents are cached."
+        1, ge=1, le=65_536, description="Images encoded at once while latents are cached."
     )
     resolution: Resolution = Field(None, description="Training resolution in pixels; N is a square of N x N.")
     caption_extension: str = Field(".caption", description="Extension of the caption files.")
@@ -67,8 +67,8 @@ class DatasetOptions(Group):
     flip_aug: bool = Field(False, description="Mirror half of the images at random.")
     random_crop: bool = Field(False, description="Crop at a random place and not at the centre.")
     enable_bucket: bool = Field(False, description="Train each image near its own aspect ratio.")
-    min_bucket_reso: int = Field(256, ge=1, description="Shortest side of a bucket in pixels.")
-    max_bucket_reso: int = Field(1024, ge=1, description="Longest side of a bucket in pixels.")
-    bucket_reso_steps: int = Field(64, ge=1, description="Bucket sides are multiples of this many pixels.")
+    min_bucket_reso: int = Field(256, ge=1, le=32_768, description="Shortest side of a bucket in pixels.")
+    max_bucket_reso: int = Field(1024, ge=1, le=32_768, description="Longest side of a bucket in pixels.")
+    bucket_reso_steps: int = Field(64, ge=1, le=32_768, description="Bucket sides are multiples of this many pixels.")
     bucket_no_upscale: bool = Field(False, description="Never enlarge an image to fill its bucket.")
-    dataset_repeats: int = Field(1, ge=1, description="How often each image is used in an epoch.")
+    dataset_repeats: int = Field(1, ge=1, le=1_000_000, description="How often each image is used in an epoch.")

@@ -50,11 +50,6 @@ class LoggingOptions(Group):
         None, description="Where curves go; not given: tensorboard if logging_dir is given."
     )
     log_prefix: str | None = Field(None, description="Start of the name of the folder made in logging_dir.")
-    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = Field(
-        None, description="Least important messages that are shown; not given: INFO."
-    )
-    console_log_file: LaxPath | None = Field(None, description="File that gets the messages instead of the console.")
-    console_log_simple: bool = Field(False, description="Plain messages without colour.")
 
 
 class MetadataOptions(Group):

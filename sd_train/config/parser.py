@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def _merge(line: CommandLine, problems: Problems) -> dict[str, Given]:
     if _asks_output(line):
         if path is None:
             problems.add("--output_config", None, "needs a path to write to", "give it as --config_file NEW.toml")
-        elif with_suffix(path.value).exists():
+        elif os.path.exists(with_suffix(path.value)):
             problems.add("--config_file", path.value, "exists already and is not overwritten", "name a new file")
     elif path is not None and path.value != "":
         from_file = read_config_file(with_suffix(path.value), problems)
@@ -183,5 +184,7 @@ def _write_options(config: RunConfig, path: str) -> None:
             file.write(text)
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written ({error.strerror}); check the folder") from None
+    except ValueError:
+        raise ConfigError(f"{str(target)!r}: no file name holds a null character; correct the path") from None
     print(f"wrote the options that are not defaults to {target}")
     raise SystemExit(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,13 @@ from typing import Any
 
 from sd_train.config.sources import Given
 from sd_train.errors import Problems
+
+_LONGEST_PART = 255
+"""Bytes of one name in a path: the limit of the file systems in use."""
+_LONGEST_NAME = 150
+_LONGEST_NAME_BYTES = 200
+"""Leaves room for what is put before and behind: `.NAME-step00000100-state.1234567.tmp`."""
+_NOT_ON_WINDOWS = '<>:"|?*'
 
 
 @dataclass(frozen=True)
@@ -30,32 +39,56 @@ class Chosen:
 
 def check_rules(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
     """Add what is wrong between the options to `problems` and what has no effect to `warnings`."""
-    _paths(chosen, problems)
+    _paths(chosen, problems, warnings)
     _networks(chosen, problems, warnings)
     _length(chosen, warnings)
     _schedule(chosen, problems)
     _samples(chosen, problems, warnings)
+    _idle(chosen, warnings)
     _logs(chosen, problems, warnings)
 
 
-def _paths(chosen: Chosen, problems: Problems) -> None:
+def _paths(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
     values = chosen.values
     for name in ("dataset_config", "sample_prompts", "network_weights"):
         path = values.get(name)
-        if path is not None and not path.is_file():
+        if path is not None and not os.path.isfile(path):
             problems.add(chosen.where(name), str(path), "there is no such file", "check the path")
     resume = values.get("resume")
-    if resume not in (None, "latest") and not Path(resume).exists():
+    if resume not in (None, "latest") and not os.path.exists(resume):
         way_out = "check the path, or write latest for the newest state in output_dir"
         problems.add(chosen.where("resume"), resume, "there is no such folder", way_out)
     for name in ("output_dir", "logging_dir"):
         path = values.get(name)
-        if path is not None and path.exists() and not path.is_dir():
+        if path is not None and os.path.exists(path) and not os.path.isdir(path):
             problems.add(chosen.where(name), str(path), "is a file", "name a folder")
-    output_name = values.get("output_name")
-    if output_name is not None and any(character in output_name for character in "/\\"):
+    for name in ("pretrained_model_name_or_path", "output_dir", "logging_dir"):
+        long = [part for part in Path(values.get(name) or "").parts if len(os.fsencode(part)) > _LONGEST_PART]
+        if long:
+            rule = f"a name in this path is longer than {_LONGEST_PART} bytes ({long[0][:40]}...)"
+            problems.add(chosen.where(name), str(values[name]), rule, "choose a shorter one")
+    _output_name(chosen, problems, warnings)
+
+
+def _output_name(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
+    name = chosen.values.get("output_name")
+    if name is None:
+        return
+    where = chosen.where("output_name")
+    if any(character in name for character in "/\\"):
         way_out = "give the folder as output_dir and only the name here"
-        problems.add(chosen.where("output_name"), output_name, "holds a path", way_out)
+        problems.add(where, name, "holds a path", way_out)
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        problems.add(where, name, "holds a control character such as a line break or tab", "remove it")
+    if len(name) > _LONGEST_NAME or len(name.encode()) > _LONGEST_NAME_BYTES:
+        rule = f"is longer than {_LONGEST_NAME} characters ({_LONGEST_NAME_BYTES} bytes in UTF-8)"
+        problems.add(where, name, rule, "choose a shorter name; steps and endings are put behind it")
+    forbidden = [character for character in _NOT_ON_WINDOWS if character in name]
+    if forbidden and os.name == "nt":
+        problems.add(where, name, f"Windows takes no {' '.join(forbidden)} in file names", "choose another name")
+    elif forbidden:
+        rule = f"Windows takes no {' '.join(forbidden)} in file names"
+        warnings.append(f"{where} = {name!r}: {rule}, so the files cannot be copied there under this name")
 
 
 def _networks(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
@@ -110,6 +143,20 @@ def _samples(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
     elif not wanted:
         ways = "sample_every_n_steps, sample_every_n_epochs or sample_at_first"
         warnings.append(f"{chosen.where('sample_prompts')} has no effect: no sample is asked for by {ways}")
+
+
+def _idle(chosen: Chosen, warnings: list[str]) -> None:
+    """Options that were given beside another one that leaves them without effect."""
+    values = chosen.values
+    steps, epochs = "sample_every_n_steps", "sample_every_n_epochs"
+    if chosen.valid(steps, epochs) and values[steps] and values[epochs]:
+        warnings.append(f"{chosen.where(steps)} has no effect: {epochs} is given, as in sd-scripts")
+    # kohya_ss writes 1, which is what one at a time is anyway.
+    several = chosen.valid("vae_batch_size", "cache_latents") and values["vae_batch_size"] > 1
+    if several and not values["cache_latents"]:
+        warnings.append(f"{chosen.where('vae_batch_size')} has no effect: cache_latents is not given")
+    if values.get("network_weights") is not None and values.get("resume") is not None:
+        warnings.append(f"{chosen.where('network_weights')} has no effect: resume continues with the state's weights")
 
 
 def _logs(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd_train.errors import ConfigError, UserError
 
+_DEEPEST = 32
+_MOST_BITS = 128
 _HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]#]+?)\s*\]\]?\s*(?:#.*)?$")
 _KEY = re.compile(r"""^\s*((?:"[^"]*"|'[^']*'|[\w-]+)(?:\s*\.\s*(?:"[^"]*"|'[^']*'|[\w-]+))*)\s*=""")
 
@@ -28,6 +32,8 @@ def read_text(path: Path, error: type[UserError] = ConfigError) -> str:
         raise error(f"{path}: cannot be read ({problem.strerror}); check the path and its permissions") from None
     except UnicodeDecodeError as problem:
         raise error(f"{path}: byte {problem.start} is not UTF-8; save the file as UTF-8") from None
+    except ValueError:
+        raise error(f"{str(path)!r}: no file name holds a null character; correct the path") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -69,10 +75,65 @@ def read_toml(path: Path) -> TomlFile:
     """
     text = read_text(path)
     try:
-        data = tomllib.loads(text)
+        data: dict[str, Any] = _within_limits(path, lambda: tomllib.loads(text))
     except tomllib.TOMLDecodeError as problem:
         raise ConfigError(f"{path}: not valid TOML: {problem}; strings need quotes, paths single quotes") from None
     return TomlFile(path, data, _key_lines(text))
+
+
+def read_json(path: Path, way_out: str) -> Any:
+    """Parse `path`; `way_out` is what a message about its syntax recommends.
+
+    Raises:
+        ConfigError: with the line and column where the syntax breaks, or for a key that stands twice in an object.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"{path}: the key {twice[0]!r} stands twice in one object; remove one")
+        return dict(pairs)
+
+    text = read_text(path)
+    try:
+        return _within_limits(path, lambda: json.loads(text, object_pairs_hook=unique))
+    except json.JSONDecodeError as problem:
+        place = f"{path}:{problem.lineno}:{problem.colno}"
+        raise ConfigError(f"{place}: not valid JSON: {problem.msg}; {way_out}") from None
+
+
+def printable(text: str) -> str:
+    """`text` with what is no UTF-8 (in file names) as escapes, so that it can be printed."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _within_limits(path: Path, parse: Callable[[], Any]) -> Any:
+    """What `parse` returns, unless it is nested so deep or holds numbers so long that Python itself gives up."""
+    too_long = f"{path}: a number has more than {_MOST_BITS // 4} digits; shorten it, or put it in quotes if it is text"
+    too_deep = f"{path}: is nested deeper than {_DEEPEST} levels; close the brackets where they belong"
+    try:
+        data = parse()
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError):
+        raise
+    except ValueError:
+        # int() takes no more than 4300 digits.
+        raise ConfigError(too_long) from None
+    except RecursionError:
+        raise ConfigError(too_deep) from None
+    level = [data]
+    for _ in range(_DEEPEST):
+        if any(isinstance(part, int) and part.bit_length() > _MOST_BITS for part in level):
+            raise ConfigError(too_long)
+        level = [inner for part in level for inner in _parts(part)]
+        if not level:
+            return data
+    raise ConfigError(too_deep)
+
+
+def _parts(value: object) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _split(name: str) -> list[str]:

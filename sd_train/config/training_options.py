@@ -17,9 +17,9 @@ class NetworkOptions(Group):
         Literal["networks.lora"],
         Hint(later=("networks.dylora", "networks.lora_fa", "networks.oft", "lycoris.kohya")),
     ] = Field("networks.lora", description="Kind of network.")
-    network_dim: int | None = Field(None, ge=1, description="Rank of the LoRA matrices; not given: 4.")
+    network_dim: int | None = Field(None, ge=1, le=16_384, description="Rank of the LoRA matrices; not given: 4.")
     network_alpha: float = Field(
-        1.0, ge=0, description="The LoRA is scaled by network_alpha / network_dim; 0 means the rank (scale 1)."
+        1.0, ge=0, le=1e6, description="The LoRA is scaled by network_alpha / network_dim; 0 means the rank (scale 1)."
     )
     network_dropout: float | None = Field(
         None, ge=0, lt=1, description="Probability that a value between the two LoRA matrices is dropped."
@@ -31,10 +31,10 @@ class NetworkOptions(Group):
     network_train_unet_only: bool = Field(False, description="Train the U-Net's LoRA modules only.")
     network_train_text_encoder_only: bool = Field(False, description="Train the text encoder's LoRA modules only.")
     unet_lr: float | None = Field(
-        None, ge=0, description="Learning rate of the U-Net; not given: learning_rate; 0 leaves the U-Net out."
+        None, ge=0, le=1e6, description="Learning rate of the U-Net; not given: learning_rate; 0 leaves the U-Net out."
     )
     text_encoder_lr: SingleRate = Field(
-        None, ge=0, description="Learning rate of the text encoder; not given: learning_rate; 0 leaves it out."
+        None, ge=0, le=1e6, description="Learning rate of the text encoder; not given: learning_rate; 0 leaves it out."
     )
     training_comment: str | None = Field(None, description="Text kept in the metadata of the saved file.")
     no_metadata: bool = Field(False, description="Save without ss_* metadata.")
@@ -44,7 +44,9 @@ class OptimizerOptions(Group):
     """The optimizer and the course of the learning rate."""
 
     optimizer_type: str = Field("AdamW", description="Name of the optimizer, in any case (AdamW, Lion, Prodigy).")
-    learning_rate: float = Field(2e-6, ge=0, description="Learning rate, unless unet_lr or text_encoder_lr is given.")
+    learning_rate: float = Field(
+        2e-6, ge=0, le=1e6, description="Learning rate, unless unet_lr or text_encoder_lr is given."
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 switches that off.")
     optimizer_args: Arguments = Field(
         default_factory=dict, description="Arguments of the optimizer: weight_decay=0.01 betas=.9,.999"
@@ -60,19 +62,24 @@ class OptimizerOptions(Group):
 class TrainingOptions(Group):
     """Length, batch and precision of the training."""
 
-    train_batch_size: int = Field(1, ge=1, description="Images in a batch on each device.")
-    max_train_steps: int = Field(1600, ge=1, description="Optimizer updates after which the training ends.")
+    train_batch_size: int = Field(1, ge=1, le=65_536, description="Images in a batch on each device.")
+    max_train_steps: int = Field(1600, ge=1, le=10**9, description="Optimizer updates after which the training ends.")
     max_train_epochs: int | None = Field(
-        None, ge=1, description="Epochs after which the training ends; replaces max_train_steps."
+        None, ge=1, le=10**9, description="Epochs after which the training ends; replaces max_train_steps."
     )
     seed: int | None = Field(
         None, ge=0, lt=2**32, description="Seed of all randomness; not given: drawn, printed and saved."
     )
     gradient_checkpointing: bool = Field(False, description="Compute parts of the forward pass twice, to save memory.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Batches whose gradients make one update.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, le=1_000_000, description="Batches whose gradients make one update."
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field("no", description="Precision of the forward pass.")
     max_data_loader_n_workers: int = Field(
-        8, ge=0, description="Threads that prepare batches, at most one for each processor; 0: in the main thread."
+        8,
+        ge=0,
+        le=1024,
+        description="Threads that prepare batches, at most one for each processor; 0: in the main thread.",
     )
-    prior_loss_weight: float = Field(1.0, ge=0, description="Weight of the loss of regularisation images.")
+    prior_loss_weight: float = Field(1.0, ge=0, le=1e6, description="Weight of the loss of regularisation images.")
     sdpa: bool = Field(False, description="Use PyTorch's attention; accepted for old files, it is always used.")

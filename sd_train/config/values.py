@@ -18,6 +18,11 @@ NETWORK_ARGS_OF_SD_SCRIPTS = (
 )  # fmt: skip
 
 
+SMALLEST_SIDE = 64
+"""Pixels: eight latents, which the U-Net of Stable Diffusion 1.x halves three times."""
+LARGEST_SIDE = 16_384
+
+
 @dataclass(frozen=True)
 class Hint:
     """What a field's type does not say about its option."""
@@ -52,8 +57,10 @@ def parse_resolution(value: object) -> tuple[int, int] | None:
             sides.append(int(part))
         except ValueError:
             raise rejected(rule, way_out) from None
-    if len(sides) not in (1, 2) or min(sides) <= 0:
+    if len(sides) not in (1, 2):
         raise rejected(rule, way_out)
+    if min(sides) < SMALLEST_SIDE or max(sides) > LARGEST_SIDE:
+        raise rejected(f"each side must be {SMALLEST_SIDE} to {LARGEST_SIDE} pixels", way_out)
     return sides[0], sides[-1]
 
 
@@ -134,7 +141,7 @@ def parse_single_rate(value: object) -> object:
 
 
 _ARGUMENTS_SCHEMA = WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": "="}})
-_SIDE = {"type": "integer", "minimum": 1}
+_SIDE = {"type": "integer", "minimum": SMALLEST_SIDE, "maximum": LARGEST_SIDE}
 
 LaxPath = Annotated[Path, Strict(False)]
 Resolution = Annotated[

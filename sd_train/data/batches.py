@@ -11,6 +11,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from sd_train.config.textfile import printable
 from sd_train.data.cache import MemoryCache
 from sd_train.data.captions import sample_caption
 from sd_train.data.images import prepare, sample_view, view_geometry
@@ -173,7 +174,7 @@ class Updates:
             images = self.cache.rows(slot.dataset, [int(p) for p in slot.records], [view.flip for view in views])
         weights = [0.0 if task.padding else record.weight for record in records]
         return Batch(
-            keys=[record.key for record in records],
+            keys=[printable(record.key) for record in records],
             captions=[
                 sample_caption(record, settings.seed, task.epoch, repeat, task.step, task.end)
                 for record, repeat in zip(records, repeats, strict=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from sd_train.config.textfile import TomlFile, read_text, read_toml
+from sd_train.config.textfile import TomlFile, read_json, read_toml
 from sd_train.data.folders import holds_image, no_images
 from sd_train.data.keys import (
     NO_EFFECT,
@@ -59,18 +58,7 @@ def _read(path: Path) -> TomlFile:
         return read_toml(path)
     if extension != ".json":
         raise ConfigError(f"{path}: a dataset file ends in .toml or .json, not {extension!r}; rename or convert it")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"{path}: the key {twice[0]!r} stands twice in one object; remove one")
-        return dict(pairs)
-
-    try:
-        data = json.loads(read_text(path), object_pairs_hook=unique)
-    except json.JSONDecodeError as problem:
-        place = f"{path}:{problem.lineno}: column {problem.colno}"
-        raise ConfigError(f"{place}: not valid JSON: {problem.msg}; correct it there") from None
+    data = read_json(path, "correct it there")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the file must hold one object {{...}} with 'datasets'; wrap it")
     return TomlFile(path, data, {})
@@ -222,7 +210,7 @@ class _Reader:
         where = self.source.where(*place, "image_dir")
         directory = Path(table.image_dir)
         beside = self.source.path.parent / directory
-        if not directory.exists() and beside.exists():
+        if not os.path.exists(directory) and os.path.exists(beside):
             directory = beside
         try:
             if not directory.exists():

@@ -30,6 +30,8 @@ class Folder:
 def list_folder(path: Path) -> Folder:
     """List `path`, not recursively; names that begin with a dot are left out, as sd-scripts does.
 
+    Pipes, sockets and devices are left out too: reading one may wait for ever.
+
     Raises:
         OSError: if the folder cannot be listed.
     """
@@ -40,6 +42,8 @@ def list_folder(path: Path) -> Folder:
                 continue
             if entry.is_dir():
                 folders.append(entry.name)
+            elif not _is_file(entry):
+                continue
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS:
                 images.append(entry.name)
             else:
@@ -53,9 +57,14 @@ def holds_image(path: Path) -> bool:
         return any(
             os.path.splitext(entry.name)[1].lower() in IMAGE_EXTENSIONS
             and not entry.name.startswith(".")
-            and not entry.is_dir()
+            and _is_file(entry)
             for entry in entries
         )
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether `entry` is a regular file, or a link to one; a link to nothing counts, so that reading it is an error."""
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
 
 
 def no_images(where: str, path: Path) -> Problem:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sd_train.config.textfile import printable
 from sd_train.data.buckets import Assignments, Size, assign_many, too_small
 from sd_train.data.config import DatasetConfig
 from sd_train.data.headers import read_size
@@ -17,6 +18,9 @@ from sd_train.data.subset import SubsetFiles, first_names, read_subset
 from sd_train.errors import DataError, Problem, Problems
 
 __all__ = ["ImageIndex", "ImageRecord", "balance", "build_index"]
+
+MOST_SAMPLES = 100_000_000
+"""Samples of an epoch; their order is kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ def build_index(dataset: DatasetConfig, *, allow_missing_captions: bool, prior_l
     problems, warnings = Problems(), list[str]()
     listed = [read_subset(subset, allow_missing_captions, problems, warnings) for subset in dataset.subsets]
     repeats = _repeats(listed, warnings)
+    _check_total(dataset, repeats, problems)
     used = [np.flatnonzero(counts) for counts in repeats]
     paths = [files.images[row] for files, rows in zip(listed, used, strict=True) for row in rows]
     captions = [files.captions[row] for files, rows in zip(listed, used, strict=True) for row in rows]
@@ -135,7 +140,7 @@ def build_index(dataset: DatasetConfig, *, allow_missing_captions: bool, prior_l
         num_train_images=_nominal(listed, is_reg=False),
         num_reg_images=_nominal(listed, is_reg=True),
         captions_of_folders=tuple((files.subset.image_dir.resolve().name, files.captions) for files in listed),
-        warnings=tuple(warnings),
+        warnings=tuple(map(printable, warnings)),
     )
 
 
@@ -174,6 +179,13 @@ def _repeats(listed: Sequence[SubsetFiles], warnings: list[str]) -> list[NDArray
         for number, counts in zip(reg, np.split(balanced, ends), strict=True):
             own[number] = counts
     return own
+
+
+def _check_total(dataset: DatasetConfig, repeats: Sequence[NDArray[np.int64]], problems: Problems) -> None:
+    total = sum(int(counts.sum()) for counts in repeats)
+    if total > MOST_SAMPLES:
+        problems.add(dataset.origin, None, f"an epoch would have {total:,} samples (images x num_repeats), more than "
+                     f"{MOST_SAMPLES:,}", "lower num_repeats and train more epochs instead")
 
 
 def _sizes(

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from sd_train.config.values import LARGEST_SIDE, SMALLEST_SIDE
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 
 
@@ -21,8 +22,8 @@ def _pair(value: object) -> object:
         raise ValueError("must be one whole number or [width, height]")
     if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
         raise ValueError("must be whole numbers without quotes or decimal point")
-    if min(numbers) < 1:
-        raise ValueError("must be positive")
+    if min(numbers) < SMALLEST_SIDE or max(numbers) > LARGEST_SIDE:
+        raise ValueError(f"each side must be {SMALLEST_SIDE} to {LARGEST_SIDE} pixels")
     return tuple(numbers)
 
 
@@ -30,11 +31,15 @@ def _face_range(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _path(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("holds a null character, which no file name has")
+    return value
+
+
+_SIDE = {"type": "integer", "minimum": SMALLEST_SIDE, "maximum": LARGEST_SIDE}
 _RESOLUTION_SCHEMA: dict[str, Any] = {
-    "anyOf": [
-        {"type": "integer", "minimum": 1},
-        {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 2, "maxItems": 2},
-    ]
+    "anyOf": [_SIDE, {"type": "array", "items": _SIDE, "minItems": 2, "maxItems": 2}]
 }
 _Resolution = Annotated[tuple[int, int] | None, BeforeValidator(_pair), WithJsonSchema(_RESOLUTION_SCHEMA)]
 _Rate = Annotated[float, Field(ge=0, le=1, examples=[0.1])]
@@ -50,7 +55,7 @@ class _Keys(BaseModel):
 class SubsetKeys(_Keys):
     """Keys about subsets, allowed at all three levels; the innermost value counts."""
 
-    num_repeats: int = Field(default=SubsetConfig.num_repeats, ge=1, examples=[10])
+    num_repeats: int = Field(default=SubsetConfig.num_repeats, ge=1, le=1_000_000, examples=[10])
     """How many times each image is seen in an epoch."""
     shuffle_caption: bool = SubsetConfig.shuffle_caption
     """Put the caption's tags into another order for every sample."""
@@ -103,15 +108,15 @@ class DatasetKeys(SubsetKeys):
 
     resolution: _Resolution = Field(default=None, examples=[512, [512, 768]])
     """Size in pixels that is trained at: one number, or [width, height]; with buckets their area."""
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=1, ge=1, le=65_536)
     """Samples in a batch, for each device."""
     enable_bucket: bool = DatasetConfig.enable_bucket
     """Train images of different shapes in batches of their own instead of cutting all to `resolution`."""
-    min_bucket_reso: int = Field(default=DatasetConfig.min_bucket_reso, ge=1)
+    min_bucket_reso: int = Field(default=DatasetConfig.min_bucket_reso, ge=1, le=32_768)
     """Shortest side of a bucket, rounded down to `bucket_reso_steps`; not used with `bucket_no_upscale`."""
-    max_bucket_reso: int = Field(default=DatasetConfig.max_bucket_reso, ge=1)
+    max_bucket_reso: int = Field(default=DatasetConfig.max_bucket_reso, ge=1, le=32_768)
     """Longest side of a bucket, rounded up to `bucket_reso_steps`; not used with `bucket_no_upscale`."""
-    bucket_reso_steps: int = Field(default=DatasetConfig.bucket_reso_steps, ge=1)
+    bucket_reso_steps: int = Field(default=DatasetConfig.bucket_reso_steps, ge=1, le=32_768)
     """The sides of buckets are multiples of this; itself a multiple of 64."""
     bucket_no_upscale: bool = DatasetConfig.bucket_no_upscale
     """Never enlarge an image: smaller ones get buckets of their own size."""
@@ -130,7 +135,7 @@ class GeneralTable(DatasetKeys):
 class SubsetTable(SubsetKeys):
     """One folder of images."""
 
-    image_dir: str = Field(min_length=1, examples=["photos/my_dog"])
+    image_dir: Annotated[str, AfterValidator(_path)] = Field(min_length=1, examples=["photos/my_dog"])
     """Folder that holds the images (its sub-folders are not read)."""
     is_reg: bool = SubsetConfig.is_reg
     """The images are regularisation images: they are balanced against the others, their loss has the weight of

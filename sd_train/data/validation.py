@@ -28,6 +28,7 @@ _RULES = {
     "missing": "is required",
     "finite_number": "must be a finite number",
     "string_too_short": "must not be empty",
+    "string_unicode": "holds half a character (a lone surrogate)",
 }
 _HEADERS = {"datasets": "[[datasets]]", "subsets": "[[datasets.subsets]]", "general": "[general]"}
 

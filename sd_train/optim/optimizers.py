@@ -48,7 +48,7 @@ class OptimizerSpec:
     """The package to install, where it is not one that is always there."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that differ from the class's own defaults."""
-    reserved: Mapping[str, str] = _RESERVED
+    reserved: Mapping[str, str] = field(default_factory=lambda: _RESERVED)
     """Arguments that `--optimizer_args` may not set, and why."""
     adapts_rate: bool = False
     """Estimates its own step size d; the learning rate is a factor of it, usually 1.0."""
@@ -158,8 +158,10 @@ def make_optimizer(
     values = {**spec.defaults, **arguments}
     if values.get("foreach"):
         values.pop("fused", None)
+    # Every group has its own rate; Lion's decoupled weight decay also asks for the first one, which must be above 0.
+    rates = [float(group["lr"]) for group in groups if group["lr"] > 0]
     with _refusing(spec, arguments):
-        return found([dict(group) for group in groups], **values)
+        return found([dict(group) for group in groups], **({"lr": rates[0]} if rates else {}), **values)
 
 
 def _check_names(spec: OptimizerSpec, arguments: Mapping[str, Any]) -> None:

@@ -1,0 +1,127 @@
+"""Runs that follow an earlier one: in its place, after it, or with something changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sd_train.train_network import main
+from tests.runs import PHOTOS, differences, metadata, train, words, write_dataset
+
+STATES = "--max_train_steps 2 --save_every_n_steps 1 --save_state --network_train_unet_only"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "d.toml")
+
+
+@pytest.fixture
+def run(tiny_model: Path, dataset: Path, tmp_path: Path) -> Path:
+    """The folder of a run of two updates with a state after each."""
+    train(tiny_model, dataset, tmp_path / "run", STATES)
+    return tmp_path / "run"
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run(
+    run: Path, tiny_model: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorter = "--max_train_steps 1 --save_every_n_steps 1 --save_state --network_train_unet_only --overwrite --seed 4"
+    train(tiny_model, dataset, run, shorter)
+    assert not (run / "lora-step00000002-state").exists()
+    assert not (run / "lora-step00000002.safetensors").exists()
+    capsys.readouterr()
+    # Without --seed, which `words` gives: the state's own holds.
+    arguments = words(tiny_model, dataset, run, "--max_train_steps 2 --network_train_unet_only --resume latest")
+    place = arguments.index("--seed")
+    assert main(arguments[:place] + arguments[place + 2 :]) == 0
+    assert "seed: 4" in capsys.readouterr().out
+
+
+def test_another_folders_files_are_not_replaced_by_a_resumed_run(
+    run: Path, tiny_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    finished = train(tiny_model, dataset, other, "--max_train_steps 1 --network_train_unet_only")
+    before = finished.read_bytes()
+    state = run / "lora-step00000001-state"
+    assert main(words(tiny_model, dataset, other, f"{STATES} --resume {state}")) == 2
+    assert "holds another run's files" in capsys.readouterr().err
+    assert finished.read_bytes() == before
+    elsewhere = train(tiny_model, dataset, tmp_path / "empty", f"{STATES} --resume {state}")
+    assert differences(elsewhere, run / "lora.safetensors") == []
+
+
+def test_changed_optimizer_arguments_act_after_a_resume(
+    run: Path, tiny_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = run / "lora-step00000001-state"
+    more = f"{STATES} --resume {state} --optimizer_args weight_decay=0.9"
+    decayed = train(tiny_model, dataset, tmp_path / "decayed", more)
+    assert "changed since the state was saved: optimizer_args" in capsys.readouterr().out
+    assert differences(decayed, run / "lora.safetensors")
+
+
+def test_a_changed_dataset_is_told_of(
+    run: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = run / "lora-step00000001-state"
+    same = write_dataset(tmp_path / "same.toml")
+    train(tiny_model, same, tmp_path / "a", f"{STATES} --resume {state}")
+    assert "the dataset, its settings" not in capsys.readouterr().out
+    changed = write_dataset(tmp_path / "changed.toml", subset="num_repeats = 2")
+    train(tiny_model, changed, tmp_path / "b", f"{STATES} --resume {state}")
+    assert "the dataset, its settings" in capsys.readouterr().out
+
+
+def test_broken_states_that_latest_passes_over_are_named(
+    run: Path, tiny_model: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for broken in ("lora-step00000002-state", "lora-state"):
+        (run / broken / "manifest.json").unlink()
+    train(tiny_model, dataset, run, f"{STATES} --resume latest")
+    said = capsys.readouterr().out
+    assert "lora-step00000002-state: is no sealed state" in said
+    assert "resumed" in said
+    assert "lora-step00000001-state at step 1 of 2" in said
+
+
+def test_weights_of_both_networks_start_one_of_them(
+    tiny_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = train(tiny_model, dataset, tmp_path / "both", "--max_train_steps 1")
+    one = f"--max_train_steps 1 --network_train_unet_only --network_weights {both}"
+    started = load_file(train(tiny_model, dataset, tmp_path / "one", one))
+    assert all(name.startswith("lora_unet_") for name in started)
+    assert main(words(tiny_model, dataset, tmp_path / "rank", f"{one} --network_dim 8")) == 3
+    assert "the file fits --network_dim 4 --network_alpha 4" in capsys.readouterr().err
+    half = {name: tensor for name, tensor in load_file(both).items() if name.startswith("lora_te")}
+    save_file(half, tmp_path / "te.safetensors")
+    wrong = f"--max_train_steps 1 --network_weights {tmp_path / 'te.safetensors'}"
+    assert main(words(tiny_model, dataset, tmp_path / "te", wrong)) == 3
+    assert "--network_train_text_encoder_only" in capsys.readouterr().err
+    assert main(words(tiny_model, dataset, tmp_path / "base", f"--network_weights {tiny_model}")) == 3
+    assert "holds no LoRA in kohya's format" in capsys.readouterr().err
+
+
+def test_a_picture_that_breaks_during_the_training_costs_no_update(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(PHOTOS, photos)
+    dataset = write_dataset(tmp_path / "d.toml")
+    dataset.write_text(dataset.read_text().replace(str(PHOTOS), str(photos)))
+    # The header still tells the size; the pixels are gone.
+    chelsea = photos / "chelsea.jpg"
+    chelsea.write_bytes(chelsea.read_bytes()[:3000])
+    output = tmp_path / "out"
+    code = main(words(tiny_model, dataset, output, "--max_train_steps 12 --network_train_unet_only"))
+    assert code == 3
+    said = capsys.readouterr().err
+    assert "chelsea.jpg" in said
+    (saved,) = output.glob("lora-step*.safetensors")
+    assert metadata(saved)["ss_steps"] == str(int(saved.stem.removeprefix("lora-step")))
+    assert f"go on with --resume {output / saved.stem}-state" in said
