@@ -155,13 +155,15 @@ def make_optimizer(
     found = optimizer_class(spec)
     _check_names(spec, arguments)
     _check_switches(spec, arguments)
-    values = {**spec.defaults, **arguments}
+    values: dict[str, Any] = {**spec.defaults, **arguments}
     if values.get("foreach"):
         values.pop("fused", None)
     # Every group has its own rate; Lion's decoupled weight decay also asks for the first one, which must be above 0.
     rates = [float(group["lr"]) for group in groups if group["lr"] > 0]
+    if rates:
+        values["lr"] = rates[0]
     with _refusing(spec, arguments):
-        return found([dict(group) for group in groups], **({"lr": rates[0]} if rates else {}), **values)
+        return found([dict(group) for group in groups], **values)
 
 
 def _check_names(spec: OptimizerSpec, arguments: Mapping[str, Any]) -> None:
