@@ -79,12 +79,21 @@ def run(config: RunConfig) -> int:
     prepared.device.barrier()
     try:
         return _train(prepared, say)
-    except torch.OutOfMemoryError as problem:
+    except (RuntimeError, MemoryError) as problem:
+        if not _out_of_memory(problem):
+            raise
         reason = str(problem).splitlines()[0]
         raise RunError(
-            f"out of memory on the device: {reason}; use --gradient_checkpointing, --cache_latents, "
+            f"out of memory on {prepared.device.device}: {reason}; use --gradient_checkpointing, --cache_latents, "
             "a smaller --train_batch_size with --gradient_accumulation_steps, or --mixed_precision bf16"
         ) from None
+
+
+def _out_of_memory(problem: BaseException) -> bool:
+    """Only CUDA has an error of its own for it; the CPU's and Apple's are plain ones."""
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(problem) for words in ("can't allocate memory", "out of memory"))
 
 
 def _silent(text: str) -> None:
@@ -152,8 +161,6 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
     say(f"model: {config.model.pretrained_model_name_or_path}; {_count(lora)}")
     assert family.latent is not None
     prepared.updates.draw = draw_function(progress.seed, family.latent, family.schedule.steps)
-    if config.dataset.cache_latents:
-        prepared.updates.cache = _cached(prepared, family)
     report = Report(
         logging_dir=config.logging.logging_dir,
         log_prefix=config.logging.log_prefix,
@@ -177,6 +184,8 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
                 "here on the images come in another order than they would have, the rest goes on as it was"
             )
     progress.extra["data"] = plan_fingerprint(prepared)
+    if config.dataset.cache_latents:
+        prepared.updates.cache = _cached(prepared, family)
     checkpoint = _make_checkpoint(prepared, family, parts, report)
     preview = _make_preview(prepared, family, lora, report) if prepared.prompts else None
     if device.is_main:
@@ -192,10 +201,10 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
         )  # fmt: skip
         try:
             train(training)
-        except (DataError, torch.OutOfMemoryError):
+        except (DataError, RuntimeError, MemoryError) as problem:
             # Both come before an optimizer's step (memory for its state is taken in the first one): the weights are
             # those of the last whole update.
-            if progress.step:
+            if progress.step and (isinstance(problem, DataError) or _out_of_memory(problem)):
                 checkpoint.interrupted(progress)
             raise
     device.close()
