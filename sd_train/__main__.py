@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, rest: Sequence[str]) -> int:
     if command not in COMMANDS:
-        raise ConfigError(f"{command!r} is no command; use one of {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{command!r} is no command; {hint}use one of {', '.join(COMMANDS)}")
     found: int = importlib.import_module(COMMANDS[command][0]).main(rest)
     return found
 

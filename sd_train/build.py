@@ -33,11 +33,11 @@ from sd_train.plan import (
     describe_batches,
     draw_function,
     plan_fingerprint,
+    plan_warnings,
     prepare,
-    unused_fallbacks,
 )
 from sd_train.preview import Preview
-from sd_train.report import Report, say_line
+from sd_train.report import Report, say_line, warn_line
 from sd_train.state import Extra, StateParts, load_state
 from sd_train.trainables.lora import Lora, LoraSettings, describe_network, without_roles
 
@@ -62,12 +62,9 @@ def run(config: RunConfig) -> int:
         UserError: with the way out.
     """
     prepared = prepare(config)
-    say = say_line if prepared.device.is_main else _silent
-    for dataset, index in zip(prepared.plan.datasets, prepared.plan.indexes, strict=True):
-        for warning in (*dataset.warnings, *index.warnings):
-            say(f"warning: {warning}")
-    for warning in unused_fallbacks(config, prepared.plan.datasets):
-        say(f"warning: {warning}")
+    say, warn = (say_line, warn_line) if prepared.device.is_main else (_silent, _silent)
+    for warning in plan_warnings(prepared):
+        warn(warning)
     drawn = "" if config.training.seed is not None or prepared.resume else " (drawn; give --seed to choose it)"
     say(f"seed: {prepared.progress.seed}{drawn}")
     say(describe(prepared.plan, config))
@@ -78,7 +75,7 @@ def run(config: RunConfig) -> int:
     # Other ranks must have looked at the output folder before this one writes there.
     prepared.device.barrier()
     try:
-        return _train(prepared, say)
+        return _train(prepared, say, warn)
     except (RuntimeError, MemoryError) as problem:
         if not _out_of_memory(problem):
             raise
@@ -128,6 +125,11 @@ def _make_lora(prepared: Prepared, family: Family) -> Lora:
     lora.install(family)
     if network.network_weights is not None and prepared.resume is None:
         weights = read_tensors(network.network_weights)
+        if not any(name.endswith(".lora_down.weight") for name in weights):
+            raise ModelError(
+                f"--network_weights = {network.network_weights}: holds no LoRA in kohya's format (names that end in "
+                ".lora_down.weight); a base model is given with --pretrained_model_name_or_path"
+            )
         try:
             # Modules of a network that this run does not train are left out, as in sd-scripts.
             lora.load(without_roles(weights, lora))
@@ -143,7 +145,7 @@ def _make_lora(prepared: Prepared, family: Family) -> Lora:
     return lora
 
 
-def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
+def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str], None]) -> int:
     config, device, progress, plan = prepared.config, prepared.device, prepared.progress, prepared.plan
     schedule = make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, plan.total_steps)
     family, digest = _load_family(prepared)
@@ -177,10 +179,10 @@ def _train(prepared: Prepared, say: Callable[[str], None]) -> int:
         progress = resumed.progress
         say(f"resumed {resumed.path} at step {progress.step} of {plan.total_steps}")
         for change in changed_options(resumed.config_text, parts.config_text):
-            say(f"warning: changed since the state was saved: {change}")
+            warn(f"changed since the state was saved: {change}")
         if progress.extra.get("data") != plan_fingerprint(prepared):
-            say(
-                "warning: the dataset, its settings or the number of processes are not those of the saved state: from "
+            warn(
+                "the dataset, its settings or the number of processes are not those of the saved state: from "
                 "here on the images come in another order than they would have, the rest goes on as it was"
             )
     progress.extra["data"] = plan_fingerprint(prepared)

@@ -59,7 +59,7 @@ class Checkpoint:
         if not all(bool(tensor.isfinite().all()) for tensor in self.parts.trainable.tensors().values()):
             raise RunError(
                 f"{path}: not written, the weights at step {progress.step} are not finite; go back to an earlier save "
-                "and use a lower learning rate, or --mixed_precision bf16 instead of fp16"
+                "and use a lower learning rate"
             )
         with self.report.untimed():
             with self.parts.trainable.for_inference():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,10 @@ def guarded(action: Callable[[], int]) -> int:
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
+    except BrokenPipeError:
+        # Whoever read our output (head, a pager) has gone; the interpreter's own flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -36,8 +41,15 @@ def train_command(command: str, argv: Sequence[str]) -> int:
     def action() -> int:
         # torch takes seconds to import: bad options and --help must not wait for it.
         from sd_train.config.parser import load_run_config
+        from sd_train.optim.optimizers import check_optimizer
+        from sd_train.optim.schedules import check_schedule
 
-        loaded = load_run_config(command, argv)
+        # The libraries speak for themselves; what our modules log is for the user.
+        logging.addLevelName(logging.WARNING, "warning")
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        loaded = load_run_config(
+            command, argv, {"optimizer_type": check_optimizer, "lr_scheduler": check_schedule}
+        )
         # Of several processes that a launcher started only the first one speaks.
         for warning in loaded.warnings if os.environ.get("RANK", "0") == "0" else ():
             print(f"warning: {warning}", file=sys.stderr)

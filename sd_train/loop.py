@@ -64,6 +64,7 @@ def train(run: Training) -> bool:
             grad_norm=norm,
             extra=updater.figures(),
         )
+        run.report.check()
         if run.preview is not None:
             run.preview(progress)
         run.checkpoint(progress)

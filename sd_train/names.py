@@ -50,10 +50,23 @@ class FileNames:
         """The state folders among them."""
         return [path for path in self.existing() if path.is_dir()]
 
+    def pictures(self) -> list[Path]:
+        """Sample pictures of an earlier run of this name."""
+        folder = self.folder / "sample"
+        prefix = "" if self.name is None else re.escape(f"{self.name}_")
+        pattern = re.compile(prefix + r"e?\d{6}_\d{2}_\d{14}(?:_\d+)?\.png")
+        return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else []
+
     def remove_existing(self) -> None:
         """Delete what an earlier run left, so that nothing of it can be taken for this run's."""
-        for path in self.existing():
+        for path in (*self.existing(), *self.pictures()):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def step_of(path: Path) -> int:
+    """The update at which a file or state folder was saved, as its name tells; 0 where it does not."""
+    found = re.search(r"-step(\d{8})(?:-state|\.|$)", path.name)
+    return int(found[1]) if found else 0

@@ -16,21 +16,21 @@ import numpy as np
 
 from sd_train.config.options import RunConfig
 from sd_train.data.batches import BatchSettings, Draw, Updates
-from sd_train.data.config import load_dataset_config
+from sd_train.data.config import RENAMED_OPTIONS, dataset_fallbacks, load_dataset_config
 from sd_train.data.index import ImageIndex, build_index
 from sd_train.data.settings import DatasetConfig
 from sd_train.device import Device, open_device
 from sd_train.diffusion.schedule import TIMESTEPS, Draws, draw
-from sd_train.errors import ConfigError, UserError
+from sd_train.errors import ConfigError, Problem, UserError
 from sd_train.families.base import LatentSpec
 from sd_train.families.registry import PUBLISHED_LATENT, check_model
 from sd_train.metadata import now
-from sd_train.names import FileNames
-from sd_train.optim.optimizers import check_arguments, check_rates
-from sd_train.optim.schedules import find_schedule, make_schedule
+from sd_train.names import FileNames, step_of
+from sd_train.optim.optimizers import check_arguments, check_optimizer, check_rates, find_optimizer
+from sd_train.optim.schedules import check_schedule, make_schedule
 from sd_train.prompts import Prompt, load_prompts
 from sd_train.randomness import derive
-from sd_train.report import say_line
+from sd_train.report import warn_line
 from sd_train.state import find_state, read_progress
 from sd_train.types import Progress
 
@@ -105,9 +105,12 @@ def describe(plan: Plan, config: RunConfig) -> str:
     lines = []
     for number, (dataset, index) in enumerate(zip(plan.datasets, plan.indexes, strict=True)):
         width, height = dataset.resolution
+        samples = int(index.repeats.sum())
+        reg = int(index.repeats[index.is_reg].sum())
+        kinds = f" ({samples - reg} to learn, {reg} regularisation)" if reg else ""
         lines.append(
-            f"dataset {number}: {len(index)} images ({index.num_train_images} with repeats, "
-            f"{index.num_reg_images} regularisation), {width}x{height}, batch {dataset.batch_size}"
+            f"dataset {number}: {len(index)} images, {samples} samples an epoch{kinds}, {width}x{height}, "
+            f"batch {dataset.batch_size}"
         )
         for (bucket_width, bucket_height), count in zip(index.buckets, index.bucket_counts(), strict=True):
             if count:
@@ -117,7 +120,8 @@ def describe(plan: Plan, config: RunConfig) -> str:
         f"an epoch: {plan.samples_per_epoch} samples in {plan.batches_per_epoch} batches, "
         f"{plan.updates_per_epoch} updates (accumulation {accumulated})"
     )
-    lines.append(f"training: {plan.total_steps} updates, {plan.epochs} epochs begun")
+    epochs = plan.total_steps / plan.updates_per_epoch
+    lines.append(f"training: {plan.total_steps} updates, {epochs:.4g} epochs")
     rates = ", ".join(f"{role} {rate:g}" for role, rate in plan.rates.items())
     lines.append(f"learning rates: {rates or 'none above 0, nothing learns: a control run'}")
     return "\n".join(lines)
@@ -137,7 +141,8 @@ def describe_batches(updates: Updates, plan: Plan, count: int = 8) -> str:
         for batch in update.batches:
             assert batch.pixels is not None
             height, width = batch.pixels.shape[2:]
-            place = f"update {update.step + 1}, batch {batch.micro + 1} of its {updates.per_update}"
+            of = f", batch {batch.micro + 1} of its {updates.per_update}" if updates.per_update > 1 else ""
+            place = f"update {update.step + 1}{of}"
             lines.append(f"{place}: {width}x{height}")
             for sample, key in enumerate(batch.keys):
                 geometry = batch.geometry[sample]
@@ -176,17 +181,19 @@ def prepare(config: RunConfig) -> Prepared:
     """
     checks = Checks()
     names = FileNames(config.saving.output_dir, config.saving.output_name)
-    checks(lambda: check_arguments(config.optimizer.optimizer_type, config.optimizer.optimizer_args))
-    checks(lambda: find_schedule(config.optimizer.lr_scheduler))
-    checks(lambda: check_rates(config.optimizer.optimizer_type, learning_rates(config)))
+    if checks(lambda: _check_name(config, "optimizer_type", check_optimizer(config.optimizer.optimizer_type))):
+        checks(lambda: check_arguments(config.optimizer.optimizer_type, config.optimizer.optimizer_args))
+        checks(lambda: check_rates(config.optimizer.optimizer_type, learning_rates(config)))
+    checks(lambda: _check_name(config, "lr_scheduler", check_schedule(config.optimizer.lr_scheduler)))
     checks(now)
     checks(lambda: check_model(Path(config.model.pretrained_model_name_or_path)))
     prompts = checks(lambda: load_prompts(config.sampling.sample_prompts) if config.sampling.sample_prompts else ())
     device = checks(lambda: open_device(config.training.mixed_precision))
-    warn = say_line if device is not None and device.is_main else _silent
+    warn = warn_line if device is not None and device.is_main else _silent
     resume = checks(lambda: find_state(config.saving.resume, names, warn) if config.saving.resume else None)
+    refused = bool(config.saving.resume) and resume is None
     own_state = resume is not None and resume.resolve() in {path.resolve() for path in names.states()}
-    if not own_state and not config.saving.overwrite and not config.dataset.debug_dataset:
+    if not refused and not own_state and not config.saving.overwrite and not config.dataset.debug_dataset:
         checks(lambda: _refuse_existing(names))
     read = checks(lambda: _read_datasets(config))
     progress = checks(lambda: _first_progress(config, resume, device)) if device is not None else None
@@ -227,14 +234,24 @@ def _silent(text: str) -> None:
     """What other ranks say."""
 
 
+def _check_name(config: RunConfig, option: str, wrong: tuple[str, str] | None) -> bool:
+    """True; raises what is wrong with an option of the optimizer group, at its place."""
+    if wrong is None:
+        return True
+    origin = config.origins[option]
+    where = f"--{option}" if origin == "default" else origin if origin.startswith("--") else f"{origin}: {option}"
+    raise ConfigError(str(Problem(where, repr(getattr(config.optimizer, option)), *wrong)))
+
+
 def _refuse_existing(names: FileNames) -> None:
     existing = names.existing()
     if existing:
         shown = ", ".join(path.name for path in existing[:3])
+        onward = "continue it with --resume latest, " if names.states() else ""
         raise ConfigError(
             f"--output_dir = {names.folder}: holds another run's files of these names ({shown}"
-            f"{', ...' if len(existing) > 3 else ''}); continue it with --resume latest, replace it with --overwrite, "
-            "or choose another --output_name"
+            f"{', ...' if len(existing) > 3 else ''}); {onward}replace it with --overwrite, or choose another "
+            "--output_name"
         )
 
 
@@ -272,18 +289,42 @@ def _read_datasets(config: RunConfig) -> tuple[tuple[DatasetConfig, ...], list[I
 
 
 def _fallbacks(config: RunConfig) -> dict[str, object]:
-    """What the dataset file falls back to: the command line's values under the names of the file."""
-    dataset = config.dataset.model_dump()
-    own = ("dataset_config", "allow_missing_captions", "debug_dataset", "cache_latents", "vae_batch_size")
-    fallbacks = {name: value for name, value in dataset.items() if name not in own}
-    fallbacks["num_repeats"] = fallbacks.pop("dataset_repeats")
-    fallbacks["batch_size"] = config.training.train_batch_size
-    return fallbacks
+    return dataset_fallbacks({**config.dataset.model_dump(), **config.training.model_dump()})
+
+
+def plan_warnings(prepared: Prepared) -> list[str]:
+    """What is allowed and probably not meant."""
+    config, plan = prepared.config, prepared.plan
+    warnings = [text for dataset in plan.datasets for text in dataset.warnings]
+    warnings += [text for index in plan.indexes for text in index.warnings]
+    warnings += unused_fallbacks(config, plan.datasets)
+    given = {name for name, origin in config.origins.items() if origin != "default"}
+    if "prior_loss_weight" in given and not any(s.is_reg for dataset in plan.datasets for s in dataset.subsets):
+        warnings.append("--prior_loss_weight has no effect: no subset has is_reg = true")
+    for name in ("save_every_n_steps", "sample_every_n_steps"):
+        every = getattr(config.saving if name.startswith("save") else config.sampling, name)
+        if every is not None and every > plan.total_steps:
+            warnings.append(f"--{name} = {every} has no effect: the training has {plan.total_steps} updates")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != config.training.mixed_precision and "mixed_precision" not in given and launched != "no":
+        warnings.append(
+            f"accelerate was told mixed precision {launched}; as in sd-scripts only --mixed_precision counts, "
+            f"which is {config.training.mixed_precision}"
+        )
+    spec = find_optimizer(config.optimizer.optimizer_type)
+    if spec.adapts_rate and plan.rates and max(plan.rates.values()) <= 0.1:
+        warnings.append(f"{spec.name} estimates the rate itself and multiplies it with yours; 1.0 is recommended")
+    if prepared.resume is not None:
+        later = [path.name for path in prepared.names.existing() if step_of(path) > prepared.progress.step]
+        if later:
+            shown = ", ".join(later[:4])
+            warnings.append(f"{shown}: saved at later steps than this run goes on from; it replaces what it gets to")
+    return warnings
 
 
 def unused_fallbacks(config: RunConfig, datasets: Sequence[DatasetConfig]) -> list[str]:
     """Warnings for options that were given and that every dataset overrides with a value of its own."""
-    own_names = {"num_repeats": "dataset_repeats", "batch_size": "train_batch_size"}
+    own_names = {key: option for option, key in RENAMED_OPTIONS.items()}
     warnings = []
     for name, value in _fallbacks(config).items():
         option = own_names.get(name, name)

@@ -21,12 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sd_train.errors import RunError
+
 logger = logging.getLogger(__name__)
 
 UPDATES_READ_TOGETHER = 10
 SECONDS_READ_TOGETHER = 0.5
 """Values stay on their device until so many updates or seconds are waiting; a reading waits for the device."""
 SECONDS_BETWEEN_LINES = 30.0
+UPDATES_NOT_FINITE = 20
+"""With fp16 a few in a row are harmless: their updates are skipped."""
 """Where there is no terminal: a line at least this often, and at every tenth of the training."""
 
 
@@ -220,6 +224,7 @@ class Report:
         tracker_name: str = "network_train",
     ) -> None:
         self._is_main = is_main
+        self._not_finite = 0
         self._total_steps = total_steps
         self._window = LossWindow()
         # A resumed run that was given no state does not know which epoch its first update belongs to.
@@ -286,6 +291,7 @@ class Report:
         speed = sum(point.samples for point in points) / max(self._last_read - self._clock, 1e-6)
         self._clock = self._last_read
         for point in points:
+            self._not_finite = 0 if math.isfinite(float(point.values["loss/current"])) else self._not_finite + 1
             values = {"loss/average": self._window.add(float(point.values["loss/current"])), **point.values}
             if point is points[-1]:
                 values["samples_per_second"] = speed
@@ -298,6 +304,18 @@ class Report:
             self._events.flush()
         if self._console is not None:
             self._console.update(points[-1].step, points[-1].epoch, self._window.average, speed)
+
+    def check(self) -> None:
+        """Call after `update`.
+
+        Raises:
+            RunError: when the loss has not been finite for so long that it will not become so again.
+        """
+        if self._not_finite >= UPDATES_NOT_FINITE:
+            raise RunError(
+                f"the loss has not been finite for {self._not_finite} updates: the training has diverged; "
+                "go back to an earlier save and use a lower learning rate"
+            )
 
     def _scalars(self, step: int, wall_time: float, values: Mapping[str, float | Tensor]) -> None:
         if self._events is not None:
@@ -347,6 +365,11 @@ class Report:
                 self._events.close()
             if self._console is not None:
                 self._console.close()
+
+
+def warn_line(text: str) -> None:
+    """A warning on standard error, outside of any progress bar."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def say_line(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +115,13 @@ def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
         for name, text in texts.items():
             (folder / name).write_bytes(text.encode())
         files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
-        manifest = {"format": FORMAT, "step": progress.step, "base_model": parts.base_model, "files": files}
+        manifest = {
+            "format": FORMAT,
+            "step": progress.step,
+            "saved_at": time.time(),
+            "base_model": parts.base_model,
+            "files": files,
+        }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     write_folder(path, fill)
@@ -128,7 +135,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, _, _ = int(manifest["format"]), int(manifest["step"]), str(manifest["base_model"])
+        version = int(manifest["format"])
+        _ = int(manifest["step"]), float(manifest["saved_at"]), str(manifest["base_model"])
         files = {path / name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path}: is no sealed state (no readable {MANIFEST}); choose another state") from None
@@ -141,7 +149,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def find_state(choice: str, names: FileNames, warn: Callable[[str], None]) -> Path:
-    """The folder that `--resume` means: a path, or with "latest" the sealed state of this run that is furthest on.
+    """The folder that `--resume` means: a path, or with "latest" the whole state of this run that was saved last.
 
     `warn` is told of broken ones that are passed over.
 
@@ -150,21 +158,28 @@ def find_state(choice: str, names: FileNames, warn: Callable[[str], None]) -> Pa
     """
     if choice != "latest":
         path = Path(choice)
+        if path.is_file():
+            raise ConfigError(
+                f"--resume = {choice!r}: is a file; give the -state folder, or start from the file's weights with "
+                "--network_weights"
+            )
         if not path.is_dir():
             raise ConfigError(f"--resume = {choice!r}: there is no such state folder; give its path, or latest")
         return path
-    found: list[tuple[int, Path]] = []
+    found: list[tuple[float, int, Path]] = []
     for path in names.states():
         try:
-            found.append((int(read_manifest(path)["step"]), path))
+            manifest = read_manifest(path)
+            found.append((float(manifest["saved_at"]), int(manifest["step"]), path))
         except DataError as problem:
-            warn(f"warning: --resume = 'latest': passed over: {problem}")
+            warn(f"--resume = 'latest': passed over: {problem}")
     if not found:
         raise ConfigError(
             f"--resume = 'latest': {names.folder} holds no sealed state named {names.last}-...-state; "
             "states are written with --save_state; leave --resume away to start anew"
         )
-    return max(found)[1]
+    # Not the one that is furthest on: that may be what an earlier run left, before one went back and took another way.
+    return max(found)[2]
 
 
 def read_progress(path: Path) -> Progress:
@@ -205,7 +220,9 @@ def load_state(path: Path, parts: StateParts) -> ResumedFrom:
     try:
         parts.trainable.load(load_file(path / "trainable.safetensors"))
     except ModelError as problem:
-        raise ModelError(f"--resume = {path}: {problem}") from None
+        raise ModelError(
+            f"--resume = {path}: {problem}\n  give the options of the network as they stand in {path / 'config.toml'}"
+        ) from None
     load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
     for name, (_, restore) in parts.extras.items():
         # A change of precision is allowed: the state of a run without scaled gradients has no scale.

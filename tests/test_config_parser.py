@@ -77,7 +77,7 @@ class TestCommandLine:
             "conv_dim: not yet supported",
         ):
             assert expected in message
-        assert message.startswith("11 problems:")
+        assert message.startswith("13 problems:")
 
     def test_missing_required_options_name_the_way_out(self) -> None:
         with pytest.raises(ConfigError) as caught:
@@ -208,7 +208,7 @@ class TestConfigFile:
         assert "run.toml:10: xformers = 'true': must be true or false" in message
         assert 'write a list of texts: optimizer_args = ["name=value"]' in message
         assert "dataset_config = 'dataset.toml'" in message
-        assert message.startswith("9 problems:")
+        assert message.startswith("11 problems:")
 
     @pytest.mark.parametrize("text", ["optimizer_args = {eps=1}", "[optimizer_args]\neps = 1"])
     def test_a_table_of_arguments_is_answered_with_the_list(self, folder: Path, text: str) -> None:

@@ -41,6 +41,44 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(
     assert "seed: 4" in capsys.readouterr().out
 
 
+def test_overwriting_removes_the_pictures_of_the_earlier_run_alone(
+    tiny_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1")
+    drawing = f"--max_train_steps 1 --network_train_unet_only --sample_prompts {prompts} --sample_at_first"
+    train(tiny_model, dataset, tmp_path / "run", drawing)
+    (old,) = (tmp_path / "run" / "sample").iterdir()
+    kept = old.with_name("other_e000000_00_20200101000000.png")
+    old.rename(old.with_name("lora_e000000_00_20200101000000.png"))
+    kept.write_bytes(b"not ours")
+    train(tiny_model, dataset, tmp_path / "run", f"{drawing} --overwrite")
+    (new,) = set((tmp_path / "run" / "sample").iterdir()) - {kept}
+    assert new.name != "lora_e000000_00_20200101000000.png"
+
+
+def test_latest_is_what_was_saved_last(
+    run: Path, tiny_model: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Back to the first step, and on from there with another rate, up to a step before the old end.
+    state = run / "lora-step00000001-state"
+    other = "--learning_rate 5e-4 --network_train_unet_only --save_state"
+    train(tiny_model, dataset, run, f"{other} --max_train_steps 3 --resume {state}")
+    assert "lora-step00000002.safetensors: saved at later steps" in capsys.readouterr().err
+    train(tiny_model, dataset, run, f"{other} --max_train_steps 4 --resume latest")
+    said = capsys.readouterr().out
+    assert "lora-state at step 3 of 4" in said
+
+
+def test_a_training_that_diverges_ends(
+    tiny_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hot = "--max_train_steps 200 --network_train_unet_only --learning_rate 1e5 --cache_latents"
+    assert main(words(tiny_model, dataset, tmp_path, hot)) == 4
+    assert "the loss has not been finite" in capsys.readouterr().err
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
 def test_another_folders_files_are_not_replaced_by_a_resumed_run(
     run: Path, tiny_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,7 +99,7 @@ def test_changed_optimizer_arguments_act_after_a_resume(
     state = run / "lora-step00000001-state"
     more = f"{STATES} --resume {state} --optimizer_args weight_decay=0.9"
     decayed = train(tiny_model, dataset, tmp_path / "decayed", more)
-    assert "changed since the state was saved: optimizer_args" in capsys.readouterr().out
+    assert "changed since the state was saved: optimizer_args" in capsys.readouterr().err
     assert differences(decayed, run / "lora.safetensors")
 
 
@@ -71,10 +109,10 @@ def test_a_changed_dataset_is_told_of(
     state = run / "lora-step00000001-state"
     same = write_dataset(tmp_path / "same.toml")
     train(tiny_model, same, tmp_path / "a", f"{STATES} --resume {state}")
-    assert "the dataset, its settings" not in capsys.readouterr().out
+    assert "the dataset, its settings" not in capsys.readouterr().err
     changed = write_dataset(tmp_path / "changed.toml", subset="num_repeats = 2")
     train(tiny_model, changed, tmp_path / "b", f"{STATES} --resume {state}")
-    assert "the dataset, its settings" in capsys.readouterr().out
+    assert "the dataset, its settings" in capsys.readouterr().err
 
 
 def test_broken_states_that_latest_passes_over_are_named(
@@ -83,7 +121,7 @@ def test_broken_states_that_latest_passes_over_are_named(
     for broken in ("lora-step00000002-state", "lora-state"):
         (run / broken / "manifest.json").unlink()
     train(tiny_model, dataset, run, f"{STATES} --resume latest")
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert "lora-step00000002-state: is no sealed state" in said
     assert "resumed" in said
     assert "lora-step00000001-state at step 1 of 2" in said

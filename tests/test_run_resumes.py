@@ -120,7 +120,7 @@ def test_another_precision_is_told_of(
     tiny_model: Path, photos: Path, state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tiny_model, photos, tmp_path, f"--max_train_steps 2 --resume {state} --mixed_precision fp16")
-    assert "mixed_precision: no -> fp16" in capsys.readouterr().out
+    assert "mixed_precision: no -> fp16" in capsys.readouterr().err
 
 
 def test_control_c_saves_and_says_how_to_go_on(tiny_model: Path, photos: Path, tmp_path: Path) -> None:

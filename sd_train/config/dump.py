@@ -32,9 +32,10 @@ def dump_toml(config: RunConfig, names: Collection[str] | None = None) -> str:
 
 
 def changed_options(before: str, after: str) -> list[str]:
-    """What differs between two texts of `dump_toml`, `name: before -> after`, without what only names this run."""
+    """What the training depends on and differs between two texts of `dump_toml`: `name: before -> after`."""
     old, new = tomllib.loads(before), tomllib.loads(after)
-    names = [name for name in options() if name not in ("resume", "overwrite", "debug_dataset")]
+    groups = ("model", "dataset", "network", "optimizer", "training")
+    names = [name for name, option in options().items() if option.group in groups and name != "debug_dataset"]
     return [
         f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}"
         for name in names

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +19,7 @@ from sd_train.config.dump import dump_toml, non_default_names
 from sd_train.config.group import Group
 from sd_train.config.help import help_text
 from sd_train.config.options import GROUPS, RunConfig
-from sd_train.config.rules import Chosen, check_rules
+from sd_train.config.rules import Chosen, check_rules, missing_model
 from sd_train.config.sources import CommandLine, Given, canonical, read_command_line, read_config_file, with_suffix
 from sd_train.errors import ConfigError, Problems
 
@@ -29,6 +30,10 @@ _REQUIRED = {
 }
 
 
+Check = Callable[[Any], "tuple[str, str] | None"]
+"""A valid value -> the rule that it breaks and the way out, or None."""
+
+
 @dataclass(frozen=True)
 class LoadedConfig:
     """The configuration and what the user should know of it before the run."""
@@ -37,8 +42,11 @@ class LoadedConfig:
     warnings: tuple[str, ...]
 
 
-def load_run_config(command: str, argv: Sequence[str]) -> LoadedConfig:
+def load_run_config(command: str, argv: Sequence[str], checks: Mapping[str, Check] | None = None) -> LoadedConfig:
     """Resolve the options of `command`: command line > `--config_file` > defaults.
+
+    `checks` look at single options whose meaning is known elsewhere (names in registries); they only add to other
+    problems, because without these the run is prepared, and finds them with what is wrong there.
 
     Raises:
         ConfigError: with all problems found, each with its place.
@@ -54,13 +62,39 @@ def load_run_config(command: str, argv: Sequence[str]) -> LoadedConfig:
     given = _without_unsupported(given, problems, warnings)
     _expand_shorthands(given, problems)
     groups, valid = _validate(given, problems)
-    check_rules(Chosen(valid, given), problems, warnings)
-    problems.raise_if_any(ConfigError)
+    chosen = Chosen(valid, given)
+    check_rules(chosen, problems, warnings)
+    if problems.found:
+        for name, check in (checks or {}).items():
+            if chosen.valid(name) and (wrong := check(valid[name])) is not None:
+                problems.add(chosen.where(name), valid[name], *wrong)
+        raise ConfigError(*map(str, problems.found), *_problems_of_files(valid))
     origins = {name: given[name].origin if name in given else "default" for name in options()}
     config = RunConfig(command=command, origins=origins, **groups)
     if _asks_output(line):
         _write_options(config, str(line.values["config_file"].value))
     return LoadedConfig(config, tuple(warnings))
+
+
+def _problems_of_files(valid: Mapping[str, object]) -> tuple[str, ...]:
+    """What is wrong with the model's path and in the dataset file, as far as can be told beside wrong options."""
+    model = valid.get("pretrained_model_name_or_path")
+    missing = missing_model(Path(model)) if isinstance(model, str) else None
+    return (*([missing] if missing else []), *_dataset_problems(valid))
+
+
+def _dataset_problems(valid: Mapping[str, object]) -> tuple[str, ...]:
+    # Not needed for --help, nor when all options are right.
+    from sd_train.data.config import dataset_fallbacks, load_dataset_config
+
+    path = valid.get("dataset_config")
+    if not isinstance(path, Path) or not os.path.isfile(path):
+        return ()
+    try:
+        load_dataset_config(path, dataset_fallbacks(valid))
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def _asks_output(line: CommandLine) -> bool:

@@ -167,3 +167,14 @@ def _logs(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
         problems.add(where, chosen.values["log_with"], "needs a folder for the curves", "give one as logging_dir")
     if chosen.values["log_prefix"] is not None:
         warnings.append(f"{chosen.where('log_prefix')} has no effect: logging_dir is not given")
+
+
+def missing_model(source: Path) -> str | None:
+    """What to say if there is nothing at `--pretrained_model_name_or_path`."""
+    # Not Path.exists: that raises for names that are too long.
+    if os.path.exists(source):
+        return None
+    return (
+        f"--pretrained_model_name_or_path = {source}: there is no such file or folder (current folder: {Path.cwd()}); "
+        "models are not downloaded yet, give a .safetensors or .ckpt file or a diffusers folder"
+    )

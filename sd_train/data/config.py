@@ -23,6 +23,12 @@ from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.data.validation import Key, validate
 from sd_train.errors import ConfigError, Problems
 
+RENAMED_OPTIONS = {"dataset_repeats": "num_repeats", "train_batch_size": "batch_size"}
+FALLBACKS = {field.name for kind in (DatasetConfig, SubsetConfig) for field in fields(kind)} - {
+    "image_dir", "is_reg", "class_tokens", "subsets", "warnings", "origin",
+}  # fmt: skip
+"""Keys that a run option of the same meaning stands behind."""
+
 __all__ = ["DatasetConfig", "SubsetConfig", "dataset_json_schema", "load_dataset_config"]
 
 _BUCKET_STEP = 64
@@ -62,6 +68,12 @@ def _read(path: Path) -> TomlFile:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the file must hold one object {{...}} with 'datasets'; wrap it")
     return TomlFile(path, data, {})
+
+
+def dataset_fallbacks(options: Mapping[str, object]) -> dict[str, object]:
+    """What a dataset file falls back to: run options under the names that they have in the file."""
+    fallbacks = {RENAMED_OPTIONS.get(name, name): value for name, value in options.items()}
+    return {name: value for name, value in fallbacks.items() if name in FALLBACKS}
 
 
 class _Reader:
@@ -214,10 +226,10 @@ class _Reader:
             directory = beside
         try:
             if not directory.exists():
+                starts = " or at ".join(dict.fromkeys(map(str, (Path.cwd(), self.source.path.parent.resolve()))))
                 nearest = next(parent for parent in directory.absolute().parents if parent.exists())
                 self.problems.add(where, table.image_dir, "there is no such folder",
-                                  f"correct the path; it exists up to {nearest} (relative paths start at {Path.cwd()} "
-                                  f"or at {self.source.path.parent.absolute()})")
+                                  f"correct the path; it exists up to {nearest} (relative paths start at {starts})")
             elif not directory.is_dir():
                 self.problems.add(where, table.image_dir, "is a file, not a folder", "give the folder with the images")
             elif not holds_image(directory):

@@ -74,6 +74,12 @@ class ImageIndex:
             is_reg=subset.is_reg,
         )
 
+    @property
+    def is_reg(self) -> NDArray[np.bool_]:
+        """[N]: whether each image is there for regularisation."""
+        kinds: NDArray[np.bool_] = np.array([subset.is_reg for subset in self.dataset.subsets])[self.subset_of]
+        return kinds
+
     def image_count(self, subset: int) -> int:
         """Images in the folder of subset number `subset`, used or not."""
         return len(self.captions_of_folders[subset][1])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sd_train.config.rules import missing_model
 from sd_train.config.textfile import read_text
 from sd_train.diffusion.schedule import NoiseSchedule
 from sd_train.errors import ModelError
@@ -227,11 +228,8 @@ def check_source(source: Path) -> None:
     Raises:
         ModelError: if not.
     """
-    if not source.exists():
-        raise ModelError(
-            f"--pretrained_model_name_or_path = {source}: there is no such file or folder (current folder: "
-            f"{Path.cwd()}); models are not downloaded yet, give a .safetensors or .ckpt file or a diffusers folder"
-        )
+    if (missing := missing_model(source)) is not None:
+        raise ModelError(missing)
 
 
 def load_sd1(source: Path) -> StableDiffusion1:

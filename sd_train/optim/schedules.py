@@ -58,20 +58,35 @@ _SPECS = (
 SCHEDULES: dict[str, ScheduleSpec] = {spec.name: spec for spec in _SPECS}
 
 
+LATER = frozenset(
+    [
+        "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "inverse_sqrt", "warmup_stable_decay",
+        "piecewise_constant", "adafactor", "rex",
+    ]
+)  # fmt: skip
+"""Names of sd-scripts and others that are known and not there yet."""
+
+
+def check_schedule(name: str) -> tuple[str, str] | None:
+    """The rule that `--lr_scheduler NAME` breaks and the way out; None if there is such a schedule."""
+    if name.lower() in SCHEDULES:
+        return None
+    way_out = f"use one of {', '.join(SCHEDULES)}"
+    if name.lower() in LATER:
+        return "is not yet supported", way_out
+    near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.5)
+    return "is not among the schedules", (f"did you mean {near[0]}? " if near else "") + way_out
+
+
 def find_schedule(name: str) -> ScheduleSpec:
     """The spec that `--lr_scheduler NAME` means, in any case.
 
     Raises:
         ConfigError: names the nearest one.
     """
-    spec = SCHEDULES.get(name.lower())
-    if spec is None:
-        near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"--lr_scheduler = {name!r}: is not among the schedules; {hint}use one of {', '.join(SCHEDULES)}"
-        )
-    return spec
+    if (wrong := check_schedule(name)) is not None:
+        raise ConfigError(f"--lr_scheduler = {name!r}: {wrong[0]}; {wrong[1]}")
+    return SCHEDULES[name.lower()]
 
 
 @dataclass(frozen=True)

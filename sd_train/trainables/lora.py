@@ -210,8 +210,6 @@ class Lora:
 def describe_network(tensors: Mapping[str, Tensor]) -> str:
     """What a LoRA file holds, in the words of the options that fit it."""
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_down.weight")}
-    if not ranks:
-        return "the file holds no LoRA in kohya's format (KEY.lora_down.weight)"
     alphas = {round(float(tensor), 4) for name, tensor in tensors.items() if name.endswith(".alpha")}
     if len(ranks) > 1 or len(alphas) > 1:
         return f"the file's modules differ in rank {sorted(ranks)} or alpha {sorted(alphas)}, not yet supported"
