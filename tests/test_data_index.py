@@ -78,6 +78,13 @@ def test_records_columns_and_counts(tmp_path: Path) -> None:
     assert [found.image_count(number) for number in (0, 1)] == [2, 1]
 
 
+def test_images_that_are_much_too_small_are_told_of(tmp_path: Path) -> None:
+    put(tmp_path, "large.png", (128, 128))
+    put(tmp_path, "small.png", (20, 20))
+    (warning,) = index(subset(tmp_path, class_tokens="x"), resolution=(128, 128)).warnings
+    assert "1 of 2 images are enlarged more than 4 times, the first is small.png (20x20 to 128x128)" in warning
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 def test_size_follows_the_exif_orientation(tmp_path: Path, name: str, orientation: int) -> None:

@@ -100,6 +100,9 @@ def _take(result: CommandLine, flag: str, values: list[str], problems: Problems)
         result.values[name] = Given(values[0], flag)
     elif values:
         problems.add(flag, shown, f"takes one value and got {len(values)}", "put quotes around a value with blanks")
+        if kind == "text":
+            # So that it is not also said to be missing.
+            result.values[name] = Given(shown, flag)
     else:
         way_out = f"write {flag} VALUE ({flag}=VALUE if it starts with --)"
         problems.add(flag, None, "needs a value", way_out)

@@ -22,6 +22,8 @@ __all__ = ["ImageIndex", "ImageRecord", "balance", "build_index"]
 MOST_SAMPLES = 100_000_000
 """Samples of an epoch; their order is kept in memory."""
 
+MUCH_ENLARGED = 4
+
 
 @dataclass(frozen=True)
 class ImageIndex:
@@ -129,6 +131,7 @@ def build_index(dataset: DatasetConfig, *, allow_missing_captions: bool, prior_l
         raise DataError(f"{dataset.origin}: no image to learn; add a subset with images and is_reg = false")
     rows = assign_many(sizes, dataset)
     _check_usable(dataset, paths, subset_of, sizes, rows)
+    warnings += _much_enlarged(paths, sizes, rows.resized)
     codes, bucket_of = np.unique(rows.bucket[:, 0] << 32 | rows.bucket[:, 1], return_inverse=True)
     is_reg = np.array([subset.is_reg for subset in dataset.subsets])[subset_of]
     return ImageIndex(
@@ -148,6 +151,18 @@ def build_index(dataset: DatasetConfig, *, allow_missing_captions: bool, prior_l
         captions_of_folders=tuple((files.subset.image_dir.resolve().name, files.captions) for files in listed),
         warnings=tuple(map(printable, warnings)),
     )
+
+
+def _much_enlarged(paths: Sequence[str], sizes: NDArray[np.int64], resized: NDArray[np.int64]) -> list[str]:
+    growth = (resized / sizes).max(axis=1)
+    found = np.flatnonzero(growth > MUCH_ENLARGED)
+    if not len(found):
+        return []
+    (width, height), (new_width, new_height) = sizes[found[0]], resized[found[0]]
+    return [
+        f"{len(found)} of {len(paths)} images are enlarged more than {MUCH_ENLARGED} times, the first is "
+        f"{paths[found[0]]} ({width}x{height} to {new_width}x{new_height}); give larger ones or none"
+    ]
 
 
 def balance(repeats: Sequence[int], total: int) -> NDArray[np.int64]:
