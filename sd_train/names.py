@@ -7,6 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd_train.errors import RunError
+
 
 @dataclass(frozen=True)
 class FileNames:
@@ -58,12 +60,22 @@ class FileNames:
         return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else []
 
     def remove_existing(self) -> None:
-        """Delete what an earlier run left, so that nothing of it can be taken for this run's."""
+        """Delete what an earlier run left, so that nothing of it can be taken for this run's.
+
+        Raises:
+            RunError: if one cannot be deleted.
+        """
         for path in (*self.existing(), *self.pictures()):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except OSError as problem:
+                raise RunError(
+                    f"{path}: cannot be deleted for --overwrite ({problem.strerror}); check its permissions, or choose "
+                    "another --output_name"
+                ) from None
 
 
 def step_of(path: Path) -> int:

@@ -163,3 +163,16 @@ def test_a_picture_that_breaks_during_the_training_costs_no_update(
     (saved,) = output.glob("lora-step*.safetensors")
     assert metadata(saved)["ss_steps"] == str(int(saved.stem.removeprefix("lora-step")))
     assert f"go on with --resume {output / saved.stem}-state" in said
+
+
+def test_what_cannot_be_overwritten_is_named(
+    run: Path, tiny_model: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Root may delete everything, so the refusal of the file system is put in here.
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert main(words(tiny_model, dataset, run, "--max_train_steps 1 --network_train_unet_only --overwrite")) == 4
+    said = capsys.readouterr().err
+    assert "cannot be deleted for --overwrite (Permission denied)" in said
