@@ -13,6 +13,10 @@ from sd_train.errors import ConfigError
 
 COMMANDS = {
     "train_network": ("sd_train.train_network", "train a LoRA"),
+    "plan": ("sd_train.commands.plan", "say what a training will do, without loading the model"),
+    "doctor": ("sd_train.commands.doctor", "look for everything that is wrong or unusual in a dataset"),
+    "explain": ("sd_train.commands.explain", "say when an image is shown, with which crop, caption and timestep"),
+    "cache": ("sd_train.commands.cache", "inspect, verify or clean the caches on disk"),
     "schema": ("sd_train.commands.schema", "print the JSON Schema of run or dataset files"),
     "make_tiny_model": ("sd_train.commands.make_tiny_model", "write a tiny model with random weights"),
     "demo": ("sd_train.commands.demo", "train a LoRA on photographs that come with the package"),

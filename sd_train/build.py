@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from sd_train.checkpoint import (
-    Checkpoint,
-    Intervals,
-)
+from sd_train.build_caches import fill_caches
+from sd_train.checkpoint import Checkpoint, Intervals
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
-from sd_train.data.cache import MemoryCache
+from sd_train.contact_sheet import show_dataset
 from sd_train.device import DTYPES, Updater
 from sd_train.errors import DataError, ModelError, RunError
 from sd_train.families.base import Family
@@ -27,15 +24,10 @@ from sd_train.metadata import RunFacts, build_metadata, describe_base
 from sd_train.objectives.denoise import Denoise
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.optim.schedules import make_schedule
-from sd_train.plan import (
-    Prepared,
-    describe,
-    describe_batches,
-    draw_function,
-    plan_fingerprint,
-    plan_warnings,
-    prepare,
-)
+from sd_train.plan import Prepared, plan_fingerprint, prepare
+from sd_train.plan_data import draw_function
+from sd_train.plan_report import describe
+from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line, warn_line
 from sd_train.state import Extra, StateParts, load_state
@@ -69,7 +61,8 @@ def run(config: RunConfig) -> int:
     say(f"seed: {prepared.progress.seed}{drawn}")
     say(describe(prepared.plan, config))
     if config.dataset.debug_dataset:
-        say(describe_batches(prepared.updates, prepared.plan))
+        if prepared.device.is_main:
+            show_dataset(prepared, say)
         return 0
     quiet_libraries()
     # Other ranks must have looked at the output folder before this one writes there.
@@ -186,8 +179,7 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
                 "here on the images come in another order than they would have, the rest goes on as it was"
             )
     progress.extra["data"] = plan_fingerprint(prepared)
-    if config.dataset.cache_latents:
-        prepared.updates.cache = _cached(prepared, family)
+    fill_caches(prepared, family)
     checkpoint = _make_checkpoint(prepared, family, parts, report)
     preview = _make_preview(prepared, family, lora, report) if prepared.prompts else None
     if device.is_main:
@@ -258,20 +250,6 @@ def _count(lora: Lora) -> str:
     modules = {role: len(found) for role, found in lora.modules.items()}
     numbers = sum(parameter.numel() for group in lora.groups() for parameter in group.params.values())
     return f"LoRA modules: {', '.join(f'{role} {count}' for role, count in modules.items())}; {numbers:,} parameters"
-
-
-def _cached(prepared: Prepared, family: Family) -> MemoryCache:
-    from tqdm import tqdm
-
-    device, cache = prepared.device, MemoryCache()
-
-    def encode(pixels: Tensor) -> dict[str, Tensor]:
-        with device.autocast():
-            return family.encode_images(device.move(pixels))
-
-    with tqdm(desc="caching latents", unit="image", disable=not device.is_main) as bar:
-        cache.fill(prepared.plan.indexes, encode, prepared.config.dataset.vae_batch_size, bar.update)
-    return cache
 
 
 def _facts(prepared: Prepared, family: Family, optimizer: torch.optim.Optimizer) -> RunFacts:

@@ -7,8 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from sd_train.errors import UserError
+
+if TYPE_CHECKING:
+    from sd_train.config.options import RunConfig
 
 
 def guarded(action: Callable[[], int]) -> int:
@@ -39,22 +43,30 @@ def train_command(command: str, argv: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     def action() -> int:
-        # torch takes seconds to import: bad options and --help must not wait for it.
-        from sd_train.config.parser import load_run_config
-        from sd_train.optim.optimizers import check_optimizer
-        from sd_train.optim.schedules import check_schedule
-
-        # The libraries speak for themselves; what our modules log is for the user.
-        logging.addLevelName(logging.WARNING, "warning")
-        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-        loaded = load_run_config(
-            command, argv, {"optimizer_type": check_optimizer, "lr_scheduler": check_schedule}
-        )
-        # Of several processes that a launcher started only the first one speaks.
-        for warning in loaded.warnings if os.environ.get("RANK", "0") == "0" else ():
-            print(f"warning: {warning}", file=sys.stderr)
+        config = load_config(command, argv)
         from sd_train.build import run
 
-        return run(loaded.config)
+        return run(config)
 
     return guarded(action)
+
+
+def load_config(command: str, argv: Sequence[str]) -> RunConfig:
+    """The options of `command`; warnings about them go to standard error.
+
+    Raises:
+        UserError: with all problems.
+    """
+    # torch takes seconds to import: bad options and --help must not wait for it.
+    from sd_train.config.parser import load_run_config
+    from sd_train.optim.optimizers import check_optimizer
+    from sd_train.optim.schedules import check_schedule
+
+    # The libraries speak for themselves; what our modules log is for the user.
+    logging.addLevelName(logging.WARNING, "warning")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    loaded = load_run_config(command, argv, {"optimizer_type": check_optimizer, "lr_scheduler": check_schedule})
+    # Of several processes that a launcher started only the first one speaks.
+    for warning in loaded.warnings if os.environ.get("RANK", "0") == "0" else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    return loaded.config

@@ -44,20 +44,20 @@ def _umask() -> int:
     return mask
 
 
-def _make_folder(path: Path) -> None:
+def _make_folder(path: Path, option: str = "--output_dir") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise RunError(f"{path}: cannot be made ({problem}); choose another --output_dir") from None
+        raise RunError(f"{path}: cannot be made ({problem}); choose another {option}") from None
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], None], option: str = "--output_dir") -> None:
     """Let `write` fill a temporary file beside `path`, then move it there in one step.
 
     Raises:
-        RunError: if the disk refuses; nothing half-written stays behind.
+        RunError: if the disk refuses; nothing half-written stays behind. It advises another `option`.
     """
-    _make_folder(path.parent)
+    _make_folder(path.parent, option)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -66,7 +66,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as problem:
-        raise RunError(f"{path}: cannot be written ({problem}); free space or choose another --output_dir") from None
+        raise RunError(f"{path}: cannot be written ({problem}); free space or choose another {option}") from None
     finally:
         # A name that is too long cannot even be looked for; that must not hide why the file was not written.
         with contextlib.suppress(OSError):

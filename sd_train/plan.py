@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from sd_train.config.options import RunConfig
-from sd_train.data.batches import BatchSettings, Draw, Updates
-from sd_train.data.config import RENAMED_OPTIONS, dataset_fallbacks, load_dataset_config
-from sd_train.data.index import ImageIndex, build_index
-from sd_train.data.settings import DatasetConfig
+from sd_train.data.batches import Updates
+from sd_train.data.index import ImageIndex
+from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.device import Device, open_device
-from sd_train.diffusion.schedule import TIMESTEPS, Draws, draw
-from sd_train.errors import ConfigError, Problem, UserError
-from sd_train.families.base import LatentSpec
-from sd_train.families.registry import PUBLISHED_LATENT, check_model
+from sd_train.errors import ConfigError, DataError, Problem, UserError
+from sd_train.families.registry import check_model
 from sd_train.metadata import now
-from sd_train.names import FileNames, step_of
-from sd_train.optim.optimizers import check_arguments, check_optimizer, check_rates, find_optimizer
+from sd_train.names import FileNames
+from sd_train.optim.optimizers import check_arguments, check_optimizer, check_rates
 from sd_train.optim.schedules import check_schedule, make_schedule
+from sd_train.plan_data import check_caption_cache, make_updates, read_datasets
 from sd_train.prompts import Prompt, load_prompts
 from sd_train.randomness import derive
 from sd_train.report import warn_line
@@ -43,18 +39,25 @@ class Plan:
 
     datasets: tuple[DatasetConfig, ...]
     indexes: tuple[ImageIndex, ...]
+    validation: tuple[ImageIndex, ...]
+    """Images kept for validation, of the datasets that keep some."""
     batches_per_epoch: int
+    """Of the first epoch; they vary with fractional `num_repeats` and with `bucket_policy = "carry"`."""
     updates_per_epoch: int
+    """Of the first epoch."""
+    varies: bool
+    """Whether epochs have different numbers of updates."""
     total_steps: int
     epochs: int
     """Epochs begun by the time the training ends."""
+    warmup_steps: int
     rates: dict[str, float]
     """Learning rate by network role; roles that learn nothing are missing."""
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples with repeats, regularisation images included."""
-        return sum(int(index.repeats.sum()) for index in self.indexes)
+        """Samples of the first epoch with repeats, regularisation images included."""
+        return sum(round(float(index.repeats.sum())) for index in self.indexes)
 
 
 def learning_rates(config: RunConfig) -> dict[str, float]:
@@ -69,94 +72,62 @@ def learning_rates(config: RunConfig) -> dict[str, float]:
 
 
 def make_plan(
-    config: RunConfig, datasets: Sequence[DatasetConfig], indexes: Sequence[ImageIndex], updates: Updates
+    config: RunConfig, datasets: tuple[DatasetConfig, ...], validation: tuple[ImageIndex, ...], updates: Updates
 ) -> Plan:
-    """Count what the run will do."""
-    per_epoch, training = updates.per_epoch, config.training
+    """Count what the run will do.
+
+    Raises:
+        UserError: if it would do nothing, or its warm-up does not fit.
+    """
+    training = config.training
     total = training.max_train_steps
     if training.max_train_epochs is not None:
-        total = training.max_train_epochs * per_epoch
+        total = updates.updates_before(training.max_train_epochs)
+    if total == 0:
+        raise DataError(
+            f"{datasets[0].origin}: no batch is complete by the end of the training; raise num_repeats or "
+            "max_train_epochs, or use another bucket_policy than carry"
+        )
+    schedule = make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, total)
     return Plan(
-        tuple(datasets),
-        tuple(indexes),
-        updates.batches_per_epoch,
-        per_epoch,
-        total,
-        -(-total // per_epoch),
-        learning_rates(config),
+        datasets=datasets,
+        indexes=tuple(updates.indexes),
+        validation=validation,
+        batches_per_epoch=updates.batches_in(0),
+        updates_per_epoch=updates.updates_in(0),
+        varies=not updates.order.constant,
+        total_steps=total,
+        epochs=updates.epoch_of(total - 1)[0] + 1,
+        warmup_steps=schedule.warmup_steps,
+        rates=learning_rates(config),
     )
 
 
 def plan_fingerprint(prepared: Prepared) -> dict[str, object]:
     """What decides which samples an update holds, beside the seed, as JSON values: a resume compares it."""
     digest = hashlib.blake2b(digest_size=16)
-    for dataset, index in zip(prepared.plan.datasets, prepared.plan.indexes, strict=True):
-        subsets = [{**asdict(subset), "origin": "", "image_dir": ""} for subset in dataset.subsets]
-        facts = [dataset.batch_size, subsets, index.paths, index.captions, index.buckets]
+    for index in prepared.plan.indexes:
+        facts = [_facts(index.dataset), [_facts(subset) for subset in index.dataset.subsets], index.buckets]
         digest.update(json.dumps(facts, default=str).encode())
-        for column in (index.repeats, index.bucket_of, index.resized, index.subset_of):
+        texts = (index.keys, index.captions, *(() if index.masks is None else (index.masks,)))
+        for column in (index.repeats, index.bucket_of, index.resized, index.subset_of, index.weights):
             digest.update(np.ascontiguousarray(column).data)
+        for text in texts:
+            digest.update(np.ascontiguousarray(text.data).data)
+            digest.update(np.ascontiguousarray(text.ends).data)
     settings = prepared.updates.settings
+    if any(index.dataset.bucket_policy == "carry" for index in prepared.plan.indexes):
+        # What is left over is flushed there.
+        digest.update(str(settings.last_epoch).encode())
     return {"world": settings.world, "accumulation": settings.accumulation, "datasets": digest.hexdigest()}
 
 
-def describe(plan: Plan, config: RunConfig) -> str:
-    """The plan in words, a line each."""
-    lines = []
-    for number, (dataset, index) in enumerate(zip(plan.datasets, plan.indexes, strict=True)):
-        width, height = dataset.resolution
-        samples = int(index.repeats.sum())
-        reg = int(index.repeats[index.is_reg].sum())
-        kinds = f" ({samples - reg} to learn, {reg} regularisation)" if reg else ""
-        lines.append(
-            f"dataset {number}: {len(index)} images, {samples} samples an epoch{kinds}, {width}x{height}, "
-            f"batch {dataset.batch_size}"
-        )
-        for (bucket_width, bucket_height), count in zip(index.buckets, index.bucket_counts(), strict=True):
-            if count:
-                lines.append(f"  bucket {bucket_width}x{bucket_height}: {count} samples" + _rest(count, dataset))
-    accumulated = config.training.gradient_accumulation_steps
-    lines.append(
-        f"an epoch: {plan.samples_per_epoch} samples in {plan.batches_per_epoch} batches, "
-        f"{plan.updates_per_epoch} updates (accumulation {accumulated})"
-    )
-    epochs = plan.total_steps / plan.updates_per_epoch
-    lines.append(f"training: {plan.total_steps} updates, {epochs:.4g} epochs")
-    rates = ", ".join(f"{role} {rate:g}" for role, rate in plan.rates.items())
-    lines.append(f"learning rates: {rates or 'none above 0, nothing learns: a control run'}")
-    return "\n".join(lines)
+_NO_FACTS = ("subsets", "warnings", "origin", "image_dir", "metadata_file", "conditioning_data_dir")
+"""Where a dataset lies may change."""
 
 
-def _rest(count: int, dataset: DatasetConfig) -> str:
-    rest = count % dataset.batch_size
-    return f" (the last batch of an epoch has {rest})" if rest else ""
-
-
-def describe_batches(updates: Updates, plan: Plan, count: int = 8) -> str:
-    """What the first `count` batches hold, as they would be trained on; every picture is really read."""
-    lines = []
-    shown = 0
-    start = Progress(seed=updates.settings.seed, session_id=0, started_at=0.0)
-    for update in updates.starting_at(start, plan.total_steps):
-        for batch in update.batches:
-            assert batch.pixels is not None
-            height, width = batch.pixels.shape[2:]
-            of = f", batch {batch.micro + 1} of its {updates.per_update}" if updates.per_update > 1 else ""
-            place = f"update {update.step + 1}{of}"
-            lines.append(f"{place}: {width}x{height}")
-            for sample, key in enumerate(batch.keys):
-                geometry = batch.geometry[sample]
-                original = f"{geometry.original[1]}x{geometry.original[0]}"
-                flipped = ", flipped" if geometry.flipped else ""
-                lines.append(
-                    f"  {key}: {original}, crop left {geometry.crop[1]} top {geometry.crop[0]}{flipped}, "
-                    f"weight {float(batch.weight[sample]):g}, timestep {int(batch.timesteps[sample])}"
-                )
-                lines.append(f"    caption: {batch.captions[sample]!r}")
-            shown += 1
-            if shown == count:
-                return "\n".join(lines)
-    return "\n".join(lines)
+def _facts(settings: DatasetConfig | SubsetConfig) -> dict[str, object]:
+    return {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in _NO_FACTS}
 
 
 @dataclass(frozen=True)
@@ -195,16 +166,17 @@ def prepare(config: RunConfig) -> Prepared:
     own_state = resume is not None and resume.resolve() in {path.resolve() for path in names.states()}
     if not refused and not own_state and not config.saving.overwrite and not config.dataset.debug_dataset:
         checks(lambda: _refuse_existing(names))
-    read = checks(lambda: _read_datasets(config))
     progress = checks(lambda: _first_progress(config, resume, device)) if device is not None else None
+    read = checks(lambda: read_datasets(config, progress.seed if progress is not None else 0))
+    if read is not None:
+        checks(lambda: check_caption_cache(config, read[0]))
     checks.raise_any()
     assert read is not None
     assert device is not None
     assert progress is not None
     datasets, indexes = read
-    updates = _make_updates(config, datasets, indexes, progress.seed, device)
-    plan = make_plan(config, datasets, indexes, updates)
-    checks(lambda: make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, plan.total_steps))
+    updates = make_updates(config, indexes, progress.seed, device)
+    plan = make_plan(config, datasets, indexes.validation, updates)
     checks(lambda: _refuse_finished(progress, plan, resume))
     checks.raise_any()
     return Prepared(config, device, progress, resume, names, updates, plan, prompts or ())
@@ -263,86 +235,6 @@ def _refuse_finished(progress: Progress, plan: Plan, resume: Path | None) -> Non
         )
 
 
-def _read_datasets(config: RunConfig) -> tuple[tuple[DatasetConfig, ...], list[ImageIndex]]:
-    datasets = load_dataset_config(config.dataset.dataset_config, _fallbacks(config))
-    if config.dataset.cache_latents:
-        moving = [subset.origin for dataset in datasets for subset in dataset.subsets if subset.random_crop]
-        if moving:
-            raise ConfigError(
-                f"{moving[0]}: random_crop = true: a cached latent cannot be cropped anew for every sample; "
-                "leave --cache_latents away, or random_crop"
-            )
-    checks = Checks()
-    indexes = [
-        checks(
-            partial(
-                build_index,
-                dataset,
-                allow_missing_captions=config.dataset.allow_missing_captions,
-                prior_loss_weight=config.training.prior_loss_weight,
-            )
-        )
-        for dataset in datasets
-    ]
-    checks.raise_any()
-    return datasets, [index for index in indexes if index is not None]
-
-
-def _fallbacks(config: RunConfig) -> dict[str, object]:
-    return dataset_fallbacks({**config.dataset.model_dump(), **config.training.model_dump()})
-
-
-def plan_warnings(prepared: Prepared) -> list[str]:
-    """What is allowed and probably not meant."""
-    config, plan = prepared.config, prepared.plan
-    warnings = [text for dataset in plan.datasets for text in dataset.warnings]
-    warnings += [text for index in plan.indexes for text in index.warnings]
-    warnings += unused_fallbacks(config, plan.datasets)
-    given = {name for name, origin in config.origins.items() if origin != "default"}
-    if "prior_loss_weight" in given and not any(s.is_reg for dataset in plan.datasets for s in dataset.subsets):
-        warnings.append("--prior_loss_weight has no effect: no subset has is_reg = true")
-    for name in ("save_every_n_steps", "sample_every_n_steps"):
-        every = getattr(config.saving if name.startswith("save") else config.sampling, name)
-        if every is not None and every > plan.total_steps:
-            warnings.append(f"--{name} = {every} has no effect: the training has {plan.total_steps} updates")
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched != config.training.mixed_precision and "mixed_precision" not in given and launched != "no":
-        warnings.append(
-            f"accelerate was told mixed precision {launched}; as in sd-scripts only --mixed_precision counts, "
-            f"which is {config.training.mixed_precision}"
-        )
-    spec = find_optimizer(config.optimizer.optimizer_type)
-    if spec.adapts_rate and plan.rates and max(plan.rates.values()) <= 0.1:
-        warnings.append(f"{spec.name} estimates the rate itself and multiplies it with yours; 1.0 is recommended")
-    if prepared.resume is not None:
-        later = [path.name for path in prepared.names.existing() if step_of(path) > prepared.progress.step]
-        if later:
-            shown = ", ".join(later[:4])
-            warnings.append(f"{shown}: saved at later steps than this run goes on from; it replaces what it gets to")
-    return warnings
-
-
-def unused_fallbacks(config: RunConfig, datasets: Sequence[DatasetConfig]) -> list[str]:
-    """Warnings for options that were given and that every dataset overrides with a value of its own."""
-    own_names = {key: option for option, key in RENAMED_OPTIONS.items()}
-    warnings = []
-    for name, value in _fallbacks(config).items():
-        option = own_names.get(name, name)
-        # Bucket limits are rounded where they are used, so a difference says nothing.
-        if config.origins.get(option, "default") == "default" or name in ("min_bucket_reso", "max_bucket_reso"):
-            continue
-        holders: list[object] = list(datasets)
-        if not hasattr(datasets[0], name):
-            holders = [subset for dataset in datasets for subset in dataset.subsets]
-        if all(getattr(holder, name) != value for holder in holders):
-            where = config.origins[option]
-            shown = where if where.startswith("--") else f"{where}: {option}"
-            warnings.append(
-                f"{shown} = {value!r}: has no effect: {config.dataset.dataset_config} sets its own value everywhere"
-            )
-    return warnings
-
-
 def _first_progress(config: RunConfig, resume: Path | None, device: Device) -> Progress:
     wanted = config.training.seed
     if resume is not None:
@@ -355,28 +247,3 @@ def _first_progress(config: RunConfig, resume: Path | None, device: Device) -> P
     seed = device.shared(random.SystemRandom().randrange(2**32)) if wanted is None else wanted
     session = derive(seed, "session", config.saving.output_name or "") % 2**32
     return Progress(seed=seed, session_id=session, started_at=now())
-
-
-def _make_updates(
-    config: RunConfig, datasets: Sequence[DatasetConfig], indexes: Sequence[ImageIndex], seed: int, device: Device
-) -> Updates:
-    training = config.training
-    settings = BatchSettings(
-        seed=seed,
-        accumulation=training.gradient_accumulation_steps,
-        workers=min(training.max_data_loader_n_workers, os.cpu_count() or 1),
-        rank=device.rank,
-        world=device.world,
-    )
-    # The shape of the published models' latents; the loaded model's own takes its place.
-    drawn = draw_function(seed, PUBLISHED_LATENT, TIMESTEPS)
-    return Updates(indexes, [dataset.batch_size for dataset in datasets], settings, drawn)
-
-
-def draw_function(seed: int, latent: LatentSpec, timesteps: int) -> Draw:
-    """Draws noise for latents of `latent`, and timesteps below `timesteps`."""
-
-    def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
-        return draw(seed, step, places, latent.shape(width, height), timesteps)
-
-    return drawn

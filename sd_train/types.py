@@ -20,6 +20,8 @@ class Geometry(NamedTuple):
     target: tuple[int, int]
     """Height and width of the bucket."""
     flipped: bool
+    resized: tuple[int, int]
+    """Height and width after the resize and before the crop."""
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Batch:
 
     keys: list[str]
     """Path of each image within its subset."""
+    paths: list[str]
+    """Path of each image's file."""
     captions: list[str]
     pixels: Tensor | None
     """[B, 3, height, width] in [-1, 1]; None where the rows come from a cache."""
@@ -40,7 +44,11 @@ class Batch:
     timesteps: Tensor
     """[B], int64."""
     weight: Tensor
-    """[B], float32: the weight of each sample's loss; zero for padding."""
+    """[B], float32: the weight of each sample's loss; zero for padding, divided where a short batch was filled."""
+    mask: Tensor | None
+    """[B, rows, columns] of the latents, float32: the weight of each place's loss; None: 1 everywhere."""
+    texts: dict[str, Tensor] | None
+    """What `Family.encode_texts` gives, from a cache; None where the captions are to be encoded."""
     geometry: list[Geometry]
     micro: int
     """Number of the micro-batch within its update, over all ranks."""
@@ -58,7 +66,7 @@ class Update:
     """Number of the update within its epoch, from zero."""
     last_in_epoch: bool
     samples: int
-    """Real samples over all ranks and micro-batches."""
+    """Real samples over all ranks and micro-batches; what fills a short batch is not counted."""
     batches: Iterator[Batch]
     """The micro-batches of this rank, in order, prepared ahead."""
 

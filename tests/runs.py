@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import sd_train.demo
-from sd_train.data.config import load_dataset_config
-from sd_train.data.images import prepare, sample_view
-from sd_train.data.index import ImageIndex, build_index
+from sd_train.data.config import DatasetRequest, load_datasets
+from sd_train.data.images import prepare, sample_view, view_geometry
+from sd_train.data.index import ImageIndex, IndexOptions, build_indexes
 from sd_train.device import Device
 from sd_train.families.sd import load_sd1
 from sd_train.objectives.denoise import Denoise
@@ -119,10 +119,14 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def read_index(path: Path) -> ImageIndex:
+def read_index(path: Path, batch_size: int = 1) -> ImageIndex:
     """The index of a dataset file with one dataset."""
-    (dataset,) = load_dataset_config(path, {"batch_size": 1})
-    return build_index(dataset, allow_missing_captions=False, prior_loss_weight=1.0)
+    request = DatasetRequest(
+        command="train_network", dataset_config=path, train_data_dir=None, reg_data_dir=None, in_json=None,
+        fallbacks={"batch_size": batch_size}, masked_loss=False, caches_latents=False,
+    )  # fmt: skip
+    (index,) = build_indexes(load_datasets(request), IndexOptions()).training
+    return index
 
 
 def fixed_noise_loss(model: Path, dataset: Path, lora: Path | None) -> float:
@@ -141,12 +145,14 @@ def fixed_noise_loss(model: Path, dataset: Path, lora: Path | None) -> float:
     losses = []
     for place in range(len(index)):
         record = index.record(place)
-        pixels, geometry = prepare(record, sample_view(record, 0, 0, 0))
+        view = sample_view(record, 0, 0, 0)
+        pixels = prepare(record, view).pixels
         count = len(TIMESTEPS)
         shape = (count, 4, pixels.shape[1] // 8, pixels.shape[2] // 8)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(place))
         batch = Batch(
             keys=[record.key] * count,
+            paths=[str(record.path)] * count,
             captions=[record.caption] * count,
             pixels=torch.from_numpy(pixels).expand(count, -1, -1, -1),
             images=None,
@@ -154,7 +160,9 @@ def fixed_noise_loss(model: Path, dataset: Path, lora: Path | None) -> float:
             latent_noise=torch.zeros(shape),
             timesteps=torch.tensor(TIMESTEPS),
             weight=torch.ones(count),
-            geometry=[geometry] * count,
+            mask=None,
+            texts=None,
+            geometry=[view_geometry(record, view)] * count,
             micro=0,
         )
         with torch.no_grad():

@@ -12,7 +12,10 @@ from sd_train.config.parser import load_run_config
 from sd_train.errors import ConfigError
 
 NAMES = (Path(__file__).parent / "data" / "config_sd_scripts_names.txt").read_text(encoding="utf-8").split()
-OURS = {"allow_missing_captions", "overwrite"}
+OURS = {
+    "allow_missing_captions", "overwrite", "verify_images", "skip_broken_images", "trust_index", "cache_dir",
+    "cache_latents_sample", "cache_caption_variants", "caption_column", "unmasked_weight", "bucket_policy",
+}  # fmt: skip
 # An empty optimizer_type means AdamW in sd-scripts; network_module must be given there.
 OTHER_DEFAULTS = {"optimizer_type", "network_module", "network_args", "optimizer_args"}
 UNSET = {"flag": False, "int": 0, "float": 0.0, "text": "", "list": []}

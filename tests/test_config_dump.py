@@ -22,7 +22,8 @@ RULED = {  # options that rules between options or the file system restrict
     "network_args", "network_train_unet_only", "network_train_text_encoder_only", "unet_lr", "text_encoder_lr",
     "lr_scheduler", "lr_warmup_steps", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first",
     "sample_prompts", "log_with", "dataset_config", "network_weights", "resume", "output_name",
-    "output_dir", "logging_dir",
+    "output_dir", "logging_dir", "cache_dir", "train_data_dir", "reg_data_dir", "in_json",
+    "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
 }  # fmt: skip
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 ARGUMENTS = st.dictionaries(
@@ -37,6 +38,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "lr_scheduler": st.just("linear"),
     "text_encoder_lr": st.floats(0, 1),
     "unet_lr": st.floats(1e-9, 1),
+    "face_crop_aug_range": st.tuples(st.floats(1e-9, 1), st.floats(1, 1e9)),
     "pretrained_model_name_or_path": st.just("a b\\'c\".ckpt"),
 }
 

@@ -85,7 +85,7 @@ class TestCommandLine:
         message = str(caught.value)
         assert "--output_dir: is required" in message
         assert "--pretrained_model_name_or_path: is required" in message
-        assert "folders by --train_data_dir are not yet supported" in message
+        assert "10_sks dog (--train_data_dir FOLDER)" in message
 
     def test_last_of_two_equal_flags_counts_and_words_without_flag_are_refused(self) -> None:
         assert load("--seed", "1", "--seed", "2").config.training.seed == 2
@@ -293,7 +293,7 @@ class TestRules:
             ("--network_weights prompts.txt", None),
             ("--lowvram", "--lowvram has no effect"),
             ("--console_log_level DEBUG", "redirect them"),
-            ("--train_data_dir photos", "it is ignored because dataset_config is given"),
+            ("--train_data_dir photos", "dataset_config is given, as in sd-scripts"),
         ],
     )
     def test_warned_or_accepted(self, words: str, expected: str | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_train.data.buckets import assign, assign_many, bucket_resolutions, crop_box
-from sd_train.data.config import DatasetConfig
+from sd_train.data.buckets import assign, assign_many, bucket_resolutions, crop_box, merge_small
+from sd_train.data.settings import DatasetConfig
 from sd_train.errors import DataError
 
 GOLDEN = json.loads((Path(__file__).parent / "data/buckets.json").read_text(encoding="utf-8"))
@@ -75,3 +77,65 @@ def test_nearest_bucket_covers_and_one_image_is_assigned_as_many(sizes: list[tup
 def test_a_size_that_is_a_bucket_keeps_it() -> None:
     for size in bucket_resolutions((512, 512), 256, 1024, 64):
         assert assign(size, dataset([512, 512])).bucket == size
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(SIDES, SIDES), max_size=30), st.booleans())
+def test_buckets_are_numbered_in_their_order(sizes: list[tuple[int, int]], no_upscale: bool) -> None:
+    rows = assign_many(np.array(sizes).reshape(-1, 2), dataset([640, 512], bucket_no_upscale=no_upscale))
+    buckets, numbers = rows.numbered()
+    assert buckets == sorted({(width, height) for width, height in rows.bucket.tolist()})
+    assert [buckets[number] for number in numbers] == [tuple(bucket) for bucket in rows.bucket.tolist()]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(200, 3000), st.integers(200, 3000), st.sampled_from([0.5, 1, 1, 3])), max_size=25),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_merging_leaves_no_small_bucket(images: list[tuple[int, int, float]], batch: int, no_upscale: bool) -> None:
+    config = replace(dataset([640, 512], bucket_no_upscale=no_upscale), batch_size=batch, bucket_policy="merge")
+    sizes, repeats = np.array([image[:2] for image in images]).reshape(-1, 2), np.array([image[2] for image in images])
+    before = assign_many(sizes, config)
+    after = merge_small(sizes, before, repeats, config)
+    samples = Counter[tuple[int, ...]]()
+    for bucket, repeat in zip(map(tuple, after.bucket.tolist()), repeats.tolist(), strict=True):
+        samples[bucket] += repeat
+    assert set(samples) <= set(map(tuple, before.bucket.tolist()))
+    for bucket, count in samples.items():
+        members = (after.bucket == bucket).all(axis=1)
+        others = [other for other in samples if other != bucket and (not no_upscale or (sizes[members] >= other).all())]
+        assert count >= batch or not others
+    same = (after.bucket == before.bucket).all(axis=1)
+    assert (after.resized[same] == before.resized[same]).all()
+    assert (after.resized >= after.bucket).all()
+    # Just covered: one side fits, but for rounding.
+    assert ((after.resized[~same] - after.bucket[~same]).min(axis=1) == 0).all()
+    assert not no_upscale or (after.resized <= sizes).all()
+    error = after.bucket[:, 0] / after.bucket[:, 1] - sizes[:, 0] / sizes[:, 1]
+    assert np.allclose(after.aspect_error, error)
+
+
+def merged(sizes: list[tuple[int, int]], batch_size: int, **options: Any) -> list[tuple[int, int]]:
+    config = replace(dataset([512, 512], **options), batch_size=batch_size)
+    table = np.array(sizes)
+    rows = merge_small(table, assign_many(table, config), np.ones(len(sizes)), config)
+    return [(width, height) for width, height in rows.bucket.tolist()]
+
+
+def test_a_small_bucket_goes_where_least_is_cropped() -> None:
+    # 640x384 cut to 576x448: 0.771 of it is kept; to 704x320: 0.758; to 384x640: 0.36.
+    large = [(704, 320)] * 4 + [(576, 448)] * 4 + [(384, 640)] * 4
+    assert merged([(640, 384), *large], 4) == [(576, 448), *large]
+    # The smallest first: one 640x384 joins the two 704x320, and as three they fill a batch.
+    assert merged([(640, 384), *[(704, 320)] * 2, *[(320, 704)] * 3], 3) == [(704, 320)] * 3 + [(320, 704)] * 3
+    # With two buckets too small one is left, and it may stay small.
+    assert merged([(640, 384), (384, 640), (384, 640)], 9) == [(384, 640)] * 3
+
+
+def test_nothing_is_enlarged_by_merging_without_upscale() -> None:
+    large = [(512, 512)] * 4
+    assert merged([(300, 300), *large], 4, bucket_no_upscale=True) == [(256, 256), *large]
+    assert merged([(300, 300), *large], 4) == [(512, 512)] * 5
+    assert merged([(600, 400), *[(448, 384)] * 4], 4, bucket_no_upscale=True) == [(448, 384)] * 5

@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sd_train.data.captions import caption_name, process_caption, read_caption, sample_caption
-from sd_train.data.config import SubsetConfig
+from sd_train.data.captions import (
+    caption_name,
+    caption_variants,
+    needs_variants,
+    process_caption,
+    read_caption,
+    sample_caption,
+)
 from sd_train.data.record import ImageRecord
+from sd_train.data.settings import SubsetConfig
 from sd_train.errors import DataError
 
 GOLDEN = json.loads((Path(__file__).parent / "data/captions.json").read_text(encoding="utf-8"))
@@ -108,3 +115,78 @@ def test_caption_files_of_windows_and_broken_ones(tmp_path: Path) -> None:
     path.write_bytes("für".encode("latin-1"))
     with pytest.raises(DataError, match=r"a\.txt: byte 1 is not UTF-8"):
         read_caption(path, False)
+
+
+TEXTS = st.text(alphabet="ab,|{} ;\n", max_size=24)
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "enable_wildcard": st.booleans(),
+        "shuffle_caption": st.booleans(),
+        "caption_tag_dropout_rate": st.sampled_from([0.0, 0.3, 1.0]),
+        "caption_dropout_rate": st.sampled_from([0.0, 0.3, 1.0]),
+        "caption_dropout_every_n_epochs": st.integers(0, 3),
+        "keep_tokens": st.integers(0, 2),
+        "keep_tokens_separator": st.sampled_from(["", "||"]),
+        "secondary_separator": st.sampled_from([None, ";"]),
+        "caption_prefix": st.sampled_from([None, "pre, {x|y}"]),
+        "caption_suffix": st.sampled_from([None, "suf"]),
+        "token_warmup_min": st.integers(0, 4),
+        "token_warmup_step": st.sampled_from([0, 0.3, 1, 2.5, 7, 400]),
+    },
+)
+
+
+def record_of(caption: str, **options: Any) -> ImageRecord:
+    return ImageRecord(Path("a.png"), "a.png", subset(**options), (8, 8), (8, 8), (8, 8), caption, 1.0, False)
+
+
+@settings(deadline=None, max_examples=200)
+@example("a,b,aa,bb,ab,ba", {"shuffle_caption": True, "token_warmup_step": 7}, 3, 30, 0)
+@given(TEXTS, OPTIONS, st.integers(1, 5), st.integers(0, 30), st.integers(0, 9))
+def test_every_caption_is_among_its_variants(
+    caption: str, options: dict[str, Any], variants: int, end: int, seed: int
+) -> None:
+    record = record_of(caption, **options)
+    listed = caption_variants(record, seed, variants, end)
+    assert len(set(listed)) == len(listed)
+    shown = {
+        sample_caption(record, seed, epoch, repeat, step, end, variants)
+        for epoch in range(4)
+        for repeat in range(4)
+        for step in range(0, end + 2, 2)
+    }
+    assert shown <= set(listed)
+    if needs_variants(record.subset) is None:
+        plain = {sample_caption(record, seed, epoch, 0, 0, end) for epoch in range(9)}
+        assert plain <= set(caption_variants(record, seed, None, end))
+        assert len(listed) <= 2
+
+
+def test_variants_are_drawn_about_evenly_and_all_of_them() -> None:
+    record = record_of(", ".join(map(str, range(30))), shuffle_caption=True, caption_dropout_rate=0.25)
+    listed = caption_variants(record, 3, 4, 0)
+    assert len(listed) == 5
+    assert listed[-1] == ""
+    drawn = Counter(sample_caption(record, 3, epoch, repeat, 0, 0, 4) for epoch in range(100) for repeat in range(10))
+    assert set(drawn) == set(listed)
+    assert 200 < drawn[""] < 300
+    assert all(140 < drawn[text] < 235 for text in listed[:-1])
+
+
+def test_stages_of_the_warmup_are_listed_once_each() -> None:
+    record = record_of("a, b, c, d", token_warmup_step=1_000_000)
+    assert caption_variants(record, 0, 3, 0) == ["a", "a, b", "a, b, c", "a, b, c, d"]
+    assert caption_variants(record_of("a, b", caption_dropout_rate=1.0), 0, 3, 0) == [""]
+    assert caption_variants(record_of("a, b", caption_dropout_every_n_epochs=2), 0, None, 0) == ["a, b", ""]
+
+
+def test_the_option_that_makes_captions_vary_is_named() -> None:
+    given_options: list[dict[str, Any]] = [
+        {"shuffle_caption": True}, {"enable_wildcard": True}, {"caption_tag_dropout_rate": 0.1},
+        {"token_warmup_step": 0.5},
+    ]  # fmt: skip
+    for options in given_options:
+        assert needs_variants(subset(**options)) == next(iter(options))
+    fixed = {"caption_dropout_rate": 0.5, "keep_tokens": 1, "caption_prefix": "x", "secondary_separator": ";"}
+    assert needs_variants(subset(**fixed)) is None

@@ -14,9 +14,9 @@ from PIL import Image
 
 from sd_train.data.batches import BatchSettings, Updates
 from sd_train.data.captions import sample_caption
-from sd_train.data.config import DatasetConfig, SubsetConfig
 from sd_train.data.images import sample_view
-from sd_train.data.index import ImageIndex, balance, build_index
+from sd_train.data.index import ImageIndex, Indexes, IndexOptions, balance, build_indexes
+from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.diffusion.schedule import Draws
 from sd_train.errors import DataError
 from sd_train.types import Progress
@@ -31,14 +31,22 @@ def put(folder: Path, name: str, size: tuple[int, int] = (64, 64), caption: str 
         (folder / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
 
 
+def dataset(*subsets: SubsetConfig, **options: Any) -> DatasetConfig:
+    options = {"batch_size": 1, "resolution": (64, 64), "origin": "data.toml:1: datasets[0]", **options}
+    return DatasetConfig(subsets=subsets, **options)
+
+
 def index(*subsets: SubsetConfig, allow: bool = False, weight: float = 1.0, **options: Any) -> ImageIndex:
-    options = {"resolution": (64, 64), "origin": "data.toml:1: datasets[0]", **options}
-    dataset = DatasetConfig(batch_size=1, subsets=subsets, **options)
-    return build_index(dataset, allow_missing_captions=allow, prior_loss_weight=weight)
+    own = IndexOptions(allow_missing_captions=allow, prior_loss_weight=weight)
+    return build_indexes([dataset(*subsets, **options)], own).training[0]
 
 
 def subset(folder: Path, **options: Any) -> SubsetConfig:
     return SubsetConfig(**{"image_dir": folder, "caption_extension": ".txt", "origin": "data.toml:3", **options})
+
+
+def built(*datasets: DatasetConfig, **options: Any) -> Indexes:
+    return build_indexes(datasets, IndexOptions(**options))
 
 
 def refusal(*subsets: SubsetConfig, **options: Any) -> str:
@@ -52,7 +60,7 @@ def test_lists_images_of_any_case_in_order_and_not_below(tmp_path: Path) -> None
         put(tmp_path, name, format="JPEG" if name == "b.JPG" else None)
     (tmp_path / "notes.md").write_text("no image")
     put(tmp_path / "below", "f.png")
-    assert index(subset(tmp_path, class_tokens="x")).paths == ["a.Png", "b.JPG", "c.webp", "d.BMP", "e.avif"]
+    assert index(subset(tmp_path, class_tokens="x")).keys == ["a.Png", "b.JPG", "c.webp", "d.BMP", "e.avif"]
 
 
 def test_records_columns_and_counts(tmp_path: Path) -> None:
@@ -107,7 +115,7 @@ def test_regularisation_images_in_the_index(tmp_path: Path) -> None:
     put(tmp_path / "train", "a.png")
     reg = subset(tmp_path / "reg", class_tokens="dog", is_reg=True)
     found = index(reg, subset(tmp_path / "train", class_tokens="sks dog", num_repeats=2), weight=0.5)
-    assert found.paths == ["0.png", "1.png", "a.png"]
+    assert found.keys == ["0.png", "1.png", "a.png"]
     assert found.repeats.tolist() == [1, 1, 2]
     assert found.weights.tolist() == [0.5, 0.5, 1.0]
     assert (found.num_train_images, found.num_reg_images) == (2, 3)
@@ -182,7 +190,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     assert "no image lies in this folder" in refusal(subset(photos))
     (photos / "linked.png").symlink_to(tmp_path / "real" / "a.png")
     found = index(subset(photos, class_tokens="x"))
-    assert (found.paths, found.captions) == (["linked.png"], ["x"])
+    assert (found.keys, found.captions) == (["linked.png"], ["x"])
     (photos / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert "gone.png: the image cannot be read" in refusal(subset(photos, class_tokens="x"))
 
@@ -192,8 +200,8 @@ def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.png")
     put(tmp_path, name, caption="A Cat")
     put(tmp_path, os.fsdecode(b"caf\xe8.png"))
-    found = index(subset(tmp_path, flip_aug=True, shuffle_caption=True), allow=True)
-    assert found.paths[1] == name
+    found = index(subset(tmp_path, flip_aug=True, shuffle_caption=True), allow=True, batch_size=2)
+    assert found.keys[1] == name
     for warning in found.warnings:
         assert "caf\\udce8.png" in warning.encode().decode()
     first, second = found.record(0), found.record(1)
@@ -204,15 +212,168 @@ def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert json.dumps(found.tag_frequency()).isascii()
     draws = Draws(torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64))
     settings = BatchSettings(seed=0, accumulation=1, workers=0)
-    updates = Updates([found], [2], settings, lambda step, places, width, height: draws)
+    updates = Updates([found], settings, lambda step, places, width, height: draws)
     (update,) = updates.starting_at(Progress(seed=0, session_id=0, started_at=0.0), 1)
     (batch,) = update.batches
     assert sorted(key.encode() for key in batch.keys) == [b"caf\\udce8.png", b"caf\\udce9.png"]
 
 
 def test_more_samples_than_can_be_ordered(tmp_path: Path) -> None:
-    for number in range(101):
-        (tmp_path / f"{number}.png").touch()
+    put(tmp_path, "0.png")
+    for number in range(1, 101):
+        (tmp_path / f"{number}.png").symlink_to(tmp_path / "0.png")
     message = refusal(subset(tmp_path, class_tokens="x", num_repeats=1_000_000))
     assert "data.toml:1: datasets[0]: an epoch would have 101,000,000 samples" in message
     assert "lower num_repeats" in message
+
+
+def test_weights_and_fractional_repeats(tmp_path: Path) -> None:
+    for number in range(3):
+        put(tmp_path / "reg", f"{number}.png")
+        put(tmp_path / "train", f"{number}.png")
+    reg = subset(tmp_path / "reg", class_tokens="x", is_reg=True, loss_weight=0.5)
+    found = index(reg, subset(tmp_path / "train", class_tokens="x", num_repeats=1.5, loss_weight=2.0), weight=0.5)
+    assert found.weights.tolist() == [0.25] * 3 + [2.0] * 3
+    # 4.5 samples to learn, rounded to 4.
+    assert found.repeats.tolist() == [2.0, 1.0, 1.0, 1.5, 1.5, 1.5]
+    assert found.num_train_images == 4
+
+
+def test_problems_of_all_datasets_at_once(tmp_path: Path) -> None:
+    put(tmp_path / "one", "a.png")
+    put(tmp_path / "two", "tiny.png", (20, 20), "x")
+    small = {"enable_bucket": True, "bucket_no_upscale": True}
+    with pytest.raises(DataError) as caught:
+        built(dataset(subset(tmp_path / "one")), dataset(subset(tmp_path / "two"), **small),
+              dataset(subset(tmp_path / "gone", class_tokens="x")))  # fmt: skip
+    for words in ("have no caption", "tiny.png = 20x20 pixels", "gone"):
+        assert words in str(caught.value)
+
+
+def test_a_folder_in_two_datasets(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", (128, 128), "x")
+    found = built(dataset(subset(tmp_path)), dataset(subset(tmp_path), resolution=(128, 128))).training
+    assert [index.buckets for index in found] == [[(64, 64)], [(128, 128)]]
+
+
+def test_images_that_are_not_larger_than_the_limit_are_left_out(tmp_path: Path) -> None:
+    for width in (40, 64, 65, 90):
+        put(tmp_path, f"{width}.png", (width, 64), "x")
+    found = index(subset(tmp_path), skip_image_resolution=64)
+    assert list(found.keys) == ["65.png", "90.png"]
+    assert "2 of 4 images are left out because sqrt(width x height) is not above" in found.warnings[0]
+    assert "40.png, 64.png" in found.warnings[0]
+    assert "none of its 4 images is left" in refusal(subset(tmp_path), skip_image_resolution=1000.5)
+
+
+def test_regularisation_is_balanced_after_images_were_left_out(tmp_path: Path) -> None:
+    for number in range(4):
+        put(tmp_path / "reg", f"{number}.png", (64, 32 if number == 0 else 64))
+    put(tmp_path / "train", "a.png")
+    put(tmp_path / "train", "b.png", (32, 32))
+    found = index(subset(tmp_path / "reg", class_tokens="x", is_reg=True), subset(tmp_path / "train", class_tokens="x"),
+                  skip_image_resolution=50)  # fmt: skip
+    assert list(found.keys) == ["1.png", "a.png"]
+
+
+def damage(path: Path) -> None:
+    """Cut the body, leave the header."""
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def test_broken_bodies_are_found_before_the_run(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for name in ("a.png", "b.png", "c.png"):
+        put(tmp_path, name, caption=name)
+        Image.fromarray(pixels).save(tmp_path / name)
+    damage(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(b"nothing")
+    made = dataset(subset(tmp_path))
+    cache = tmp_path / "cache"
+    for _ in range(2):
+        with pytest.raises(DataError) as caught:
+            built(made, verify_images=True, cache_dir=cache)
+        assert "2 images cannot be read" in str(caught.value)
+        assert "--skip_broken_images" in str(caught.value)
+    (found,) = built(made, skip_broken_images=True, cache_dir=cache).training
+    assert list(found.keys) == ["a.png"]
+    assert [Path(text.partition(":")[0]).name for text in found.left_out] == ["b.png", "c.png"]
+    assert "2 of 3 images cannot be read and are left out" in found.warnings[0]
+    damage(tmp_path / "a.png")
+    with pytest.raises(DataError, match="none of its 3 images is left"):
+        built(made, skip_broken_images=True, cache_dir=cache)
+
+
+def colours(folder: Path, count: int, start: int = 0) -> None:
+    for number in range(start, start + count):
+        put(folder, f"{number}.png", caption="one, {a|b}\ntwo")
+        Image.new("RGB", (64, 64), (number % 256, number // 256, 7)).save(folder / f"{number}.png")
+
+
+def contents(index: ImageIndex) -> set[bytes]:
+    return {Image.open(index.path(row)).convert("RGB").tobytes() for row in range(len(index))}
+
+
+@pytest.mark.parametrize(("count", "share", "expected"), [(10, 0.2, 2), (2, 0.01, 1), (5, 0.999, 4), (40, 0.25, 10)])
+def test_validation_takes_its_share(tmp_path: Path, count: int, share: float, expected: int) -> None:
+    colours(tmp_path, count)
+    found = built(dataset(subset(tmp_path, num_repeats=3, shuffle_caption=True, flip_aug=True, random_crop=True,
+                                 enable_wildcard=True), validation_split=share), seed=3)  # fmt: skip
+    (training,), (validation,) = found.training, found.validation
+    assert (len(training), len(validation)) == (count - expected, expected)
+    assert not contents(training) & contents(validation)
+    assert validation.repeats.tolist() == [1.0] * expected
+    assert set(validation.captions) == {"one, a"}
+    kept = validation.record(0).subset
+    assert not any([kept.shuffle_caption, kept.flip_aug, kept.random_crop, kept.enable_wildcard])
+    assert training.num_train_images == 3 * (count - expected)
+
+
+def test_validation_is_the_same_whatever_the_names_and_differs_by_seed(tmp_path: Path) -> None:
+    colours(tmp_path / "a", 30)
+    (tmp_path / "b").mkdir()
+    for path in (tmp_path / "a").iterdir():
+        (tmp_path / "b" / f"moved {path.name}").write_bytes(path.read_bytes())
+
+    def kept(folder: str, **more: Any) -> set[bytes]:
+        made = dataset(subset(tmp_path / folder), validation_split=0.3, **more)
+        return contents(built(made, seed=1).validation[0])
+
+    assert kept("a") == kept("b")
+    assert kept("a", validation_seed=1) == kept("a")
+    assert kept("a", validation_seed=2) != kept("a")
+
+
+def test_equal_pictures_are_never_on_both_sides(tmp_path: Path) -> None:
+    colours(tmp_path / "one", 12)
+    colours(tmp_path / "two", 12, start=6)
+    colours(tmp_path / "reg", 6, start=15)
+    Image.open(tmp_path / "one" / "0.png").save(tmp_path / "one" / "copy.bmp")
+    (tmp_path / "one" / "copy.txt").write_text("x")
+    one = subset(tmp_path / "one")
+    for seed in range(6):
+        found = built(
+            dataset(one, subset(tmp_path / "reg", is_reg=True), validation_split=0.3),
+            dataset(subset(tmp_path / "two"), validation_split=0.4, validation_seed=9),
+            dataset(one, resolution=(128, 128), validation_split=0.1),
+            seed=seed,
+        )
+        assert len(found.validation) == 3
+        learned = set().union(*map(contents, found.training))
+        kept = set().union(*map(contents, found.validation))
+        assert not learned & kept
+        assert all(len(contents(index)) > 0 for index in found.training)
+        assert not any(index.is_reg.any() for index in found.validation)
+        assert sum(len(part) for part in (found.training[2], found.validation[2])) == 13
+
+
+def test_validation_keeps_away_from_what_is_not_split(tmp_path: Path) -> None:
+    colours(tmp_path / "one", 6)
+    colours(tmp_path / "whole", 5)
+    found = built(dataset(subset(tmp_path / "one"), validation_split=0.5), dataset(subset(tmp_path / "whole")))
+    assert list(found.validation[0].keys) == ["5.png"]
+    assert len(found.training[1]) == 5
+    colours(tmp_path / "whole", 6)
+    found = built(dataset(subset(tmp_path / "one"), validation_split=0.5), dataset(subset(tmp_path / "whole")))
+    assert found.validation == ()
+    assert "validation_split = 0.5 keeps no image" in found.training[0].warnings[0]

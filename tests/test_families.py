@@ -380,7 +380,7 @@ def test_noise_prediction_equals_diffusers(
     timesteps = torch.tensor([17, 801])
     with torch.no_grad():
         texts = configured.encode_texts([caption, caption])
-        geometry = [Geometry((64, 96), (0, 0), (64, 96), False)] * 2
+        geometry = [Geometry((64, 96), (0, 0), (64, 96), False, (64, 96))] * 2
         ours = configured.predict(latents, timesteps, configured.condition(texts, {}, geometry))
         # diffusers counts the layers that are left out, A1111 and sd-scripts the layer from the end that is used.
         skip = None if clip_skip is None or clip_skip == 1 else clip_skip - 1

@@ -56,7 +56,7 @@ def predict(family: StableDiffusion1, caption: str = "a cat") -> Tensor:
 def counters(lora: Lora, step: int, micro: int) -> None:
     """Tell the LoRA where the training stands."""
     empty = torch.zeros(0)
-    batch = Batch([], [], None, None, empty, empty, empty, empty, [], micro)
+    batch = Batch([], [], [], None, None, empty, empty, empty, empty, None, None, [], micro)
     lora.before_batch(Update(step, 0, 0, False, 1, iter(())), batch)
 
 

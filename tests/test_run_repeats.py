@@ -50,7 +50,7 @@ def updates_of(dataset: Path, batch_size: int = 1, **settings: int) -> Updates:
         return draw(chosen.seed, step, places, (4, height // 8, width // 8), 1000)
 
     chosen = BatchSettings(**{"seed": 5, "accumulation": 1, "workers": 0, **settings})
-    return Updates([read_index(dataset)], [batch_size], chosen, drawn)
+    return Updates([read_index(dataset, batch_size)], chosen, drawn)
 
 
 def read_all(updates: Updates, end: int) -> list[tuple[Update, list[Batch]]]:
@@ -89,7 +89,7 @@ def test_workers_prepare_the_very_same_batches(tmp_path: Path, workers: int) -> 
 def test_repeats_of_an_image_differ_within_an_epoch(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d.toml", subset=RANDOM.replace("= 3", "= 12") + "random_crop = true", size=96)
     updates = updates_of(dataset)
-    assert updates.per_epoch == 72
+    assert updates.updates_in(0) == 72
     seen: dict[str, list[Batch]] = {}
     for update, batches in read_all(updates, 72):
         assert update.epoch == 0

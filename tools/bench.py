@@ -1,6 +1,7 @@
 """Measurements that anyone can repeat.
 
 `python tools/bench.py overhead`: what the trainer costs beside its arithmetic.
+`python tools/bench.py data`: how fast folders are indexed, ordered and cached, beside plain loops.
 """
 
 from __future__ import annotations
@@ -120,7 +121,16 @@ def main() -> int:
     command.add_argument("--warmup", type=int, default=10, help="updates before them")
     command.add_argument("--batch", type=int, default=4)
     command.add_argument("--workers", type=int, default=1, help="threads that prepare batches")
+    command = commands.add_parser("data", help="images indexed, ordered and cached a second, beside plain loops")
+    command.add_argument("--images", type=int, default=100_000, help="files of the folder that is indexed")
+    command.add_argument("--rounds", type=int, default=3, help="each figure is the best of so many")
+    command.add_argument("--no_cache", action="store_true", help="leave the figures of the latents cache out")
     given = parser.parse_args()
+    if given.command == "data":
+        from bench_data import data_figures
+
+        print(json.dumps(data_figures(given.images, given.rounds, not given.no_cache), indent=1))
+        return 0
     print(json.dumps(overhead(given.steps, given.batch, given.warmup, given.workers)))
     return 0
 

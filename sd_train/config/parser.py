@@ -24,7 +24,6 @@ from sd_train.config.sources import CommandLine, Given, canonical, read_command_
 from sd_train.errors import ConfigError, Problems
 
 _REQUIRED = {
-    "dataset_config": "datasets are read from --dataset_config FILE; folders by --train_data_dir are not yet supported",
     "output_dir": "give a folder: --output_dir FOLDER",
     "pretrained_model_name_or_path": "give a model: --pretrained_model_name_or_path FILE_OR_FOLDER",
 }
@@ -68,7 +67,7 @@ def load_run_config(command: str, argv: Sequence[str], checks: Mapping[str, Chec
         for name, check in (checks or {}).items():
             if chosen.valid(name) and (wrong := check(valid[name])) is not None:
                 problems.add(chosen.where(name), valid[name], *wrong)
-        raise ConfigError(*map(str, problems.found), *_problems_of_files(valid))
+        raise ConfigError(*map(str, problems.found), *_problems_of_files(command, valid))
     origins = {name: given[name].origin if name in given else "default" for name in options()}
     config = RunConfig(command=command, origins=origins, **groups)
     if _asks_output(line):
@@ -76,22 +75,23 @@ def load_run_config(command: str, argv: Sequence[str], checks: Mapping[str, Chec
     return LoadedConfig(config, tuple(warnings))
 
 
-def _problems_of_files(valid: Mapping[str, object]) -> tuple[str, ...]:
+def _problems_of_files(command: str, valid: Mapping[str, object]) -> tuple[str, ...]:
     """What is wrong with the model's path and in the dataset file, as far as can be told beside wrong options."""
     model = valid.get("pretrained_model_name_or_path")
     missing = missing_model(Path(model)) if isinstance(model, str) else None
-    return (*([missing] if missing else []), *_dataset_problems(valid))
+    return (*([missing] if missing else []), *_dataset_problems(command, valid))
 
 
-def _dataset_problems(valid: Mapping[str, object]) -> tuple[str, ...]:
+def _dataset_problems(command: str, valid: Mapping[str, object]) -> tuple[str, ...]:
     # Not needed for --help, nor when all options are right.
-    from sd_train.data.config import dataset_fallbacks, load_dataset_config
+    from sd_train.data.config import load_datasets
+    from sd_train.data.request import dataset_request
 
-    path = valid.get("dataset_config")
-    if not isinstance(path, Path) or not os.path.isfile(path):
+    sources = [valid.get(name) for name in ("dataset_config", "train_data_dir", "in_json")]
+    if not any(sources) or any(path is not None and not os.path.exists(str(path)) for path in sources):
         return ()
     try:
-        load_dataset_config(path, dataset_fallbacks(valid))
+        load_datasets(dataset_request(command, valid))
     except ConfigError as error:
         return error.problems
     return ()

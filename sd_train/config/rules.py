@@ -40,6 +40,8 @@ class Chosen:
 def check_rules(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
     """Add what is wrong between the options to `problems` and what has no effect to `warnings`."""
     _paths(chosen, problems, warnings)
+    _dataset(chosen, problems, warnings)
+    _caches(chosen, problems, warnings)
     _networks(chosen, problems, warnings)
     _length(chosen, warnings)
     _schedule(chosen, problems)
@@ -54,15 +56,21 @@ def _paths(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
         path = values.get(name)
         if path is not None and not os.path.isfile(path):
             problems.add(chosen.where(name), str(path), "there is no such file", "check the path")
+    if values.get("dataset_config") is None and (path := values.get("in_json")) is not None and not os.path.exists(path):
+        problems.add(chosen.where("in_json"), str(path), "there is no such file", "check the path")
+    for name in ("train_data_dir", "reg_data_dir"):
+        path = values.get(name)
+        if values.get("dataset_config") is None and path is not None and not os.path.isdir(path):
+            problems.add(chosen.where(name), str(path), "there is no such folder", "check the path")
     resume = values.get("resume")
     if resume not in (None, "latest") and not os.path.exists(resume):
         way_out = "check the path, or write latest for the newest state in output_dir"
         problems.add(chosen.where("resume"), resume, "there is no such folder", way_out)
-    for name in ("output_dir", "logging_dir"):
+    for name in ("output_dir", "logging_dir", "cache_dir"):
         path = values.get(name)
         if path is not None and os.path.exists(path) and not os.path.isdir(path):
             problems.add(chosen.where(name), str(path), "is a file", "name a folder")
-    for name in ("pretrained_model_name_or_path", "output_dir", "logging_dir"):
+    for name in ("pretrained_model_name_or_path", "output_dir", "logging_dir", "cache_dir"):
         long = [part for part in Path(values.get(name) or "").parts if len(os.fsencode(part)) > _LONGEST_PART]
         if long:
             rule = f"a name in this path is longer than {_LONGEST_PART} bytes ({long[0][:40]}...)"
@@ -91,6 +99,43 @@ def _output_name(chosen: Chosen, problems: Problems, warnings: list[str]) -> Non
         warnings.append(f"{where} = {name!r}: {rule}, so the files cannot be copied there under this name")
 
 
+def _dataset(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
+    sources = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
+    if not chosen.valid(*sources):
+        return
+    values = chosen.values
+    if values["dataset_config"] is not None:
+        for name in sources[1:]:
+            if values[name] is not None:
+                warnings.append(f"{chosen.where(name)} has no effect: dataset_config is given, as in sd-scripts")
+    elif values["train_data_dir"] is None and values["in_json"] is None:
+        way_out = "give a dataset file (--dataset_config FILE.toml), or a folder of folders such as 10_sks dog"
+        problems.add("--dataset_config or --train_data_dir", None, "is required", way_out + " (--train_data_dir FOLDER)")
+    elif values["in_json"] is not None and values["reg_data_dir"] is not None:
+        warnings.append(f"{chosen.where('reg_data_dir')} has no effect: with in_json there is no regularisation")
+
+
+def _caches(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
+    """What depends on the caches of latents and of encoded captions."""
+    values = chosen.values
+    latents, texts = ("cache_latents", "cache_latents_to_disk"), (
+        "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
+    )  # fmt: skip
+    unet_only, rate = "network_train_unet_only", "text_encoder_lr"
+    if not chosen.valid(*latents, *texts, "cache_caption_variants", "cache_latents_sample", unet_only, rate):
+        return
+    if not any(values[name] for name in latents) and values["cache_latents_sample"]:
+        warnings.append(f"{chosen.where('cache_latents_sample')} has no effect: cache_latents is not given")
+    wanted = next((name for name in texts if values[name]), None)
+    if wanted is None:
+        if values["cache_caption_variants"] is not None:
+            where = chosen.where("cache_caption_variants")
+            warnings.append(f"{where} has no effect: cache_text_encoder_outputs is not given")
+    elif not values[unet_only] and values[rate] != 0:
+        problems.add(chosen.where(wanted), None, "the text encoder is trained, so what it gives cannot be kept",
+                     "give --network_train_unet_only, or remove it")
+
+
 def _networks(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
     unet_only, text_only = "network_train_unet_only", "network_train_text_encoder_only"
     if not chosen.valid(unet_only, text_only, "unet_lr", "text_encoder_lr", "learning_rate"):
@@ -107,6 +152,9 @@ def _networks(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
         "unet_lr": 0 if values[text_only] else values["unet_lr"],
         "text_encoder_lr": 0 if values[unet_only] else values["text_encoder_lr"],
     }
+    given_apart = all(values[name] is not None for name in ("unet_lr", "text_encoder_lr"))
+    if "learning_rate" in chosen.given and given_apart and not values[unet_only] and not values[text_only]:
+        warnings.append(f"{chosen.where('learning_rate')} has no effect: unet_lr and text_encoder_lr are given")
     if all(rate == 0 for rate in rates.values()):
         names = [name for name in (unet_only, text_only) if values[name]]
         names += [name for name in rates if values[name] == 0]
@@ -152,8 +200,9 @@ def _idle(chosen: Chosen, warnings: list[str]) -> None:
     if chosen.valid(steps, epochs) and values[steps] and values[epochs]:
         warnings.append(f"{chosen.where(steps)} has no effect: {epochs} is given, as in sd-scripts")
     # kohya_ss writes 1, which is what one at a time is anyway.
-    several = chosen.valid("vae_batch_size", "cache_latents") and values["vae_batch_size"] > 1
-    if several and not values["cache_latents"]:
+    caches = ("cache_latents", "cache_latents_to_disk")
+    several = chosen.valid("vae_batch_size", *caches) and values["vae_batch_size"] > 1
+    if several and not any(values[name] for name in caches):
         warnings.append(f"{chosen.where('vae_batch_size')} has no effect: cache_latents is not given")
     if values.get("network_weights") is not None and values.get("resume") is not None:
         warnings.append(f"{chosen.where('network_weights')} has no effect: resume continues with the state's weights")

@@ -109,7 +109,10 @@ def printable(text: str) -> str:
 
 def _within_limits(path: Path, parse: Callable[[], Any]) -> Any:
     """What `parse` returns, unless it is nested so deep or holds numbers so long that Python itself gives up."""
-    too_long = f"{path}: a number has more than {_MOST_BITS // 4} digits; shorten it, or put it in quotes if it is text"
+    def too_long(place: str) -> ConfigError:
+        rule = f"a number has more than {_MOST_BITS // 4} digits{place}"
+        return ConfigError(f"{path}: {rule}; shorten it, or put it in quotes if it is text")
+
     too_deep = f"{path}: is nested deeper than {_DEEPEST} levels; close the brackets where they belong"
     try:
         data = parse()
@@ -117,23 +120,24 @@ def _within_limits(path: Path, parse: Callable[[], Any]) -> Any:
         raise
     except ValueError:
         # int() takes no more than 4300 digits.
-        raise ConfigError(too_long) from None
+        raise too_long("") from None
     except RecursionError:
         raise ConfigError(too_deep) from None
-    level = [data]
+    level: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
     for _ in range(_DEEPEST):
-        if any(isinstance(part, int) and part.bit_length() > _MOST_BITS for part in level):
-            raise ConfigError(too_long)
-        level = [inner for part in level for inner in _parts(part)]
+        for keys, part in level:
+            if isinstance(part, int) and part.bit_length() > _MOST_BITS:
+                raise too_long(f" ({dotted(keys)})")
+        level = [((*keys, name), inner) for keys, part in level for name, inner in _parts(part)]
         if not level:
             return data
     raise ConfigError(too_deep)
 
 
-def _parts(value: object) -> list[Any]:
+def _parts(value: object) -> list[tuple[str | int, Any]]:
     if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, list) else []
 
 
 def _split(name: str) -> list[str]:

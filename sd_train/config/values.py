@@ -64,6 +64,23 @@ def parse_resolution(value: object) -> tuple[int, int] | None:
     return sides[0], sides[-1]
 
 
+def parse_face_range(value: object) -> tuple[float, float] | None:
+    """`"2,4"` or `[2.0, 4.0]` -> least and most times that the short side is as long as the face."""
+    way_out = "write two numbers above 0, the smaller one first, for example 2,4"
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        raise rejected("must be two numbers", way_out)
+    try:
+        numbers = [float(part) for part in parts if not isinstance(part, bool)]
+    except (TypeError, ValueError):
+        raise rejected("must be two numbers", way_out) from None
+    if len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] < float("inf"):
+        raise rejected("must be two numbers above 0 in ascending order", way_out)
+    return numbers[0], numbers[1]
+
+
 def parse_warmup(value: object) -> int | float:
     """Warm-up as steps (int) or as a share of the training (float below 1), by sd-scripts' rule for `int_or_float`.
 
@@ -157,6 +174,19 @@ Resolution = Annotated[
         }
     ),
     Hint(shown="N or W,H"),
+]
+FaceRange = Annotated[
+    tuple[float, float] | None,
+    BeforeValidator(parse_face_range),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^[^,]+,[^,]+$"},
+                {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 2, "maxItems": 2},
+            ]
+        }
+    ),
+    Hint(shown="LEAST,MOST"),
 ]
 WarmupSteps = Annotated[
     int | float,

@@ -1,4 +1,4 @@
-"""Updates and their micro-batches: order from (seed, epoch), starting anywhere, prepared ahead."""
+"""Updates and their micro-batches: the order of `order.Order`, prepared ahead, starting anywhere."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sd_train.config.textfile import printable
-from sd_train.data.cache import MemoryCache
 from sd_train.data.captions import sample_caption
-from sd_train.data.images import prepare, sample_view, view_geometry
+from sd_train.data.images import View, prepare, sample_view, view_geometry
 from sd_train.data.index import ImageIndex
+from sd_train.data.order import MicroBatch, Order
+from sd_train.data.record import ImageRecord
 from sd_train.diffusion.schedule import Draws
-from sd_train.randomness import derive
 from sd_train.types import Batch, Progress, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sd_train.data.cache import LatentRows
+    from sd_train.data.texts import TextRows
 
 Draw = Callable[[int, Sequence[int], int, int], Draws]
 """(update, places of the samples in it, width, height) -> noise and timesteps."""
+
+DrawFixed = Callable[[Sequence[str], int, int], "Tensor"]
+"""(keys, width, height) -> latent noise that is the same whenever an image is seen."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +45,33 @@ class BatchSettings:
     """Threads that prepare batches ahead; 0 prepares in the training's own thread."""
     rank: int = 0
     world: int = 1
+    last_epoch: int | None = None
+    """The training's last epoch, where the bucket policy `carry` flushes what is left; None: nowhere."""
+    caption_variants: int | None = None
+    """Draw captions from so many versions of each, see `captions.sample_caption`."""
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """The samples of one micro-batch: entries `start` to `stop` of an epoch's order of one dataset."""
+class Appearance:
+    """One time that an image is shown; computed, not stored."""
 
-    dataset: int
-    records: np.ndarray
-    repeats: np.ndarray
+    step: int
+    """Update, from zero."""
+    epoch: int
+    index: int
+    """Number of the update within its epoch."""
+    micro: int
+    """Number of the micro-batch within the update, over all ranks."""
+    row: int
+    """Number of the sample within the micro-batch."""
+    place: int
+    """Number of the sample within the update, which its noise and timestep are drawn by."""
+    repeat: int
+    """With `sample_epoch`, what crop, flip and caption are drawn by."""
+    sample_epoch: int
+    """The epoch that the sample belongs to; with the bucket policy `carry` it may be before `epoch`."""
+    share: float
+    """Of the sample's weight: 1, or one over the number of its copies where the batch was filled."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +79,7 @@ class _Task:
     """One micro-batch to prepare."""
 
     step: int
-    epoch: int
-    slot: _Slot
+    slot: MicroBatch
     first_place: int
     micro: int
     padding: bool
@@ -61,46 +88,66 @@ class _Task:
 
 
 class Updates:
-    """All updates of a training, a pure function of the settings: asking for update n needs none before it."""
+    """All updates of a training, a pure function of the settings: asking for update n needs none before it.
 
-    def __init__(
-        self,
-        indexes: Sequence[ImageIndex],
-        batch_sizes: Sequence[int],
-        settings: BatchSettings,
-        draw: Draw,
-    ) -> None:
-        self.indexes, self.batch_sizes, self.settings = indexes, batch_sizes, settings
-        self.draw = draw
-        self.cache: MemoryCache | None = None
+    An epoch without micro-batches (bucket policy `carry`, or `num_repeats` well below 1) has no update:
+    `starting_at` goes on to the next one. `Update.last_in_epoch` is true of the last update that an epoch has, after
+    which `Progress` stands at the start of the epoch that follows, be that empty or not.
+    """
+
+    def __init__(self, indexes: Sequence[ImageIndex], settings: BatchSettings, draw: Draw) -> None:
+        self.indexes, self.settings, self.draw = indexes, settings, draw
+        self.draw_fixed: DrawFixed | None = None
+        """Takes the place of the latent noise of `draw`, where latents are drawn once for each image."""
+        self.cache: LatentRows | None = None
         """Where rows come from instead of pixels, once it is filled."""
-        self._samples: list[tuple[np.ndarray, np.ndarray]] = []
-        self.batches_per_epoch = 0
-        for index, size in zip(indexes, batch_sizes, strict=True):
-            records = np.repeat(np.arange(len(index)), index.repeats)
-            starts = np.cumsum(index.repeats) - index.repeats
-            repeats = np.arange(len(records)) - np.repeat(starts, index.repeats)
-            self._samples.append((records, repeats))
-            counts = np.bincount(index.bucket_of[records], minlength=len(index.buckets))
-            self.batches_per_epoch += int(np.sum(-(-counts // size)))
+        self.texts: TextRows | None = None
+        """Where encoded captions come from, once it is filled."""
         self.per_update = settings.accumulation * settings.world
-        self.per_epoch = -(-self.batches_per_epoch // self.per_update)
+        """Micro-batches of an update, over all ranks; the last update of an epoch may have fewer."""
+        self.order = Order(indexes, settings.seed, self.per_update, settings.last_epoch)
 
-    def slots(self, epoch: int) -> list[_Slot]:
-        """The micro-batches of an epoch in their order, over all ranks; each within one bucket."""
-        seed = self.settings.seed
-        slots: list[_Slot] = []
-        for number, (records, repeats) in enumerate(self._samples):
-            buckets = self.indexes[number].bucket_of[records]
-            order = np.lexsort((_random_keys(len(records), seed, "samples", epoch, number), buckets))
-            ends = np.flatnonzero(np.diff(buckets[order], append=-1)) + 1
-            start = 0
-            for end in ends:
-                for first in range(start, int(end), self.batch_sizes[number]):
-                    chosen = order[first : min(first + self.batch_sizes[number], int(end))]
-                    slots.append(_Slot(number, records[chosen], repeats[chosen]))
-                start = int(end)
-        return [slots[place] for place in np.argsort(_random_keys(len(slots), seed, "batches", epoch), kind="stable")]
+    def batches_in(self, epoch: int) -> int:
+        """Micro-batches of `epoch`, over all ranks."""
+        return self.order.batches_in(epoch)
+
+    def updates_in(self, epoch: int) -> int:
+        """Updates of `epoch`."""
+        return self.order.updates_in(epoch)
+
+    def updates_before(self, epoch: int) -> int:
+        """Updates of all epochs before `epoch`."""
+        return self.order.updates_before(epoch)
+
+    def epoch_of(self, step: int) -> tuple[int, int]:
+        """(epoch, number within it) of update number `step`, from zero."""
+        return self.order.epoch_of(step)
+
+    def slots(self, epoch: int) -> list[MicroBatch]:
+        """The micro-batches of `epoch` in their order, over all ranks; each within one bucket."""
+        order = self.order.epoch(epoch)
+        return [order.batch(number) for number in range(len(order))]
+
+    def appearances(self, number: int, row: int, epoch: int) -> list[Appearance]:
+        """Every time that `epoch` shows image `row` of dataset `number`, in the order of training."""
+        order = self.order.epoch(epoch)
+        found = []
+        for place in order.find(number, row):
+            index, micro = divmod(place.batch, self.per_update)
+            before = range(index * self.per_update, place.batch)
+            first = sum(len(order.batch(batch).records) for batch in before)
+            found.append(Appearance(
+                step=self.updates_before(epoch) + index,
+                epoch=epoch,
+                index=index,
+                micro=micro,
+                row=place.row,
+                place=first + place.row,
+                repeat=place.repeat,
+                sample_epoch=place.epoch,
+                share=place.share,
+            ))
+        return found
 
     def starting_at(self, progress: Progress, end: int) -> Iterator[Update]:
         """Updates from `progress` on until `end` (over all runs of the training), endlessly over epochs."""
@@ -131,16 +178,18 @@ class Updates:
 
     def _planned(self, step: int, epoch: int, index: int, end: int) -> Iterator[tuple[Update, list[_Task]]]:
         while step < end:
-            slots = self.slots(epoch)
-            while index < self.per_epoch and step < end:
-                chosen = slots[index * self.per_update : (index + 1) * self.per_update]
-                samples = sum(len(slot.records) for slot in chosen)
-                last = index + 1 == self.per_epoch
-                yield Update(step, epoch, index, last, samples, iter(())), self._tasks(step, epoch, chosen, end)
+            count = self.updates_in(epoch)
+            while index < count and step < end:
+                order = self.order.epoch(epoch)
+                first = index * self.per_update
+                slots = [order.batch(number) for number in range(first, min(first + self.per_update, len(order)))]
+                samples = sum(slot.planned for slot in slots)
+                last = index + 1 == count
+                yield Update(step, epoch, index, last, samples, iter(())), self._tasks(step, slots, end)
                 step, index = step + 1, index + 1
             epoch, index = epoch + 1, 0
 
-    def _tasks(self, step: int, epoch: int, slots: list[_Slot], end: int) -> list[_Task]:
+    def _tasks(self, step: int, slots: list[MicroBatch], end: int) -> list[_Task]:
         rank, world = self.settings.rank, self.settings.world
         places = np.cumsum([0, *(len(slot.records) for slot in slots)])
         tasks = []
@@ -148,49 +197,54 @@ class Updates:
         for micro in range(rank, -(-len(slots) // world) * world, world):
             real = micro < len(slots)
             slot = slots[micro] if real else slots[0]
-            tasks.append(_Task(step, epoch, slot, int(places[min(micro, len(slots))]), micro, not real, end))
+            tasks.append(_Task(step, slot, int(places[min(micro, len(slots))]), micro, not real, end))
         return tasks
 
     def _prepare(self, task: _Task) -> Batch:
         settings, slot = self.settings, task.slot
         index = self.indexes[slot.dataset]
-        records = [index.record(int(place)) for place in slot.records]
-        repeats = [int(repeat) for repeat in slot.repeats]
-        views = [
-            sample_view(record, settings.seed, task.epoch, repeat)
-            for record, repeat in zip(records, repeats, strict=True)
+        records = [index.record(row) for row in slot.records.tolist()]
+        # What is random about a sample goes by the epoch that it belongs to, which may be before the running one.
+        samples = list(zip(records, slot.epochs.tolist(), slot.repeats.tolist(), strict=True))
+        views = [sample_view(record, settings.seed, epoch, repeat) for record, epoch, repeat in samples]
+        captions = [
+            sample_caption(record, settings.seed, epoch, repeat, task.step, task.end, settings.caption_variants)
+            for record, epoch, repeat in samples
         ]
         width, height = records[0].bucket
-        places = range(task.first_place, task.first_place + len(records))
-        draws = self.draw(task.step, places, width, height)
-        pixels = images = None
+        draws = self.draw(task.step, range(task.first_place, task.first_place + len(records)), width, height)
+        keys = [record.key for record in records]
+        weights = np.array([record.weight for record in records]) * (0.0 if task.padding else slot.shares)
+        pixels = images = mask = None
         if self.cache is None:
-            pictures = [
-                prepare(record, view)[0]
-                for record, view in zip(records, views, strict=True)
-            ]
-            pixels = torch.from_numpy(np.stack(pictures))
+            pixels, mask = _pictures(records, views)
         else:
-            images = self.cache.rows(slot.dataset, [int(p) for p in slot.records], [view.flip for view in views])
-        weights = [0.0 if task.padding else record.weight for record in records]
+            images = dict(self.cache.rows(slot.dataset, slot.records.tolist(), [view.flip for view in views]))
+            mask = images.pop("mask", None)
         return Batch(
-            keys=[printable(record.key) for record in records],
-            captions=[
-                sample_caption(record, settings.seed, task.epoch, repeat, task.step, task.end)
-                for record, repeat in zip(records, repeats, strict=True)
-            ],
+            keys=[printable(key) for key in keys],
+            paths=[printable(str(record.path)) for record in records],
+            captions=captions,
             pixels=pixels,
             images=images,
             noise=draws.noise,
-            latent_noise=draws.latent_noise,
+            latent_noise=draws.latent_noise if self.draw_fixed is None else self.draw_fixed(keys, width, height),
             timesteps=draws.timesteps,
             weight=torch.tensor(weights, dtype=torch.float32),
+            mask=mask,
+            texts=None if self.texts is None else self.texts.rows(captions),
             geometry=[view_geometry(record, view) for record, view in zip(records, views, strict=True)],
             micro=task.micro,
         )
 
 
-def _random_keys(count: int, seed: int, *parts: str | int) -> np.ndarray:
-    """[count] 64-bit numbers; sorting by them is a uniform permutation. `random_raw` is stable over NumPy releases."""
-    raw: np.ndarray = np.random.PCG64(derive(seed, "order", *parts)).random_raw(count)
-    return raw
+def _pictures(records: Sequence[ImageRecord], views: Sequence[View]) -> tuple[Tensor, Tensor | None]:
+    """Pixels [B, 3, H, W], and the masks [B, H / 8, W / 8] if there is any, with ones for pictures without."""
+    pictures = [prepare(record, view) for record, view in zip(records, views, strict=True)]
+    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+    masks = [picture.mask for picture in pictures]
+    shape = next((mask.shape for mask in masks if mask is not None), None)
+    if shape is None:
+        return pixels, None
+    rows = [np.ones(shape, np.float32) if mask is None else mask for mask in masks]
+    return pixels, torch.from_numpy(np.stack(rows))

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sd_train.data.config import DatasetConfig
+from sd_train.data.settings import DatasetConfig
 from sd_train.errors import DataError, Problem
 
 Size = tuple[int, int]
 Sizes = NDArray[np.int64]
+
+_AT_ONCE = 1024
+"""Images compared with all buckets in one go."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,19 @@ class Assignments:
     """[N, 2]"""
     aspect_error: NDArray[np.float64]
     """[N]; not finite where the bucket has no area."""
+
+    def numbered(self) -> tuple[list[Size], NDArray[np.int32]]:
+        """(the buckets that occur, sorted; [N]: the number of each image's bucket among them)."""
+        if not len(self.bucket):
+            return [], np.zeros(0, np.int32)
+        # Counted, not sorted: sides are small numbers, and a million images take a few milliseconds.
+        widths, heights = self.bucket[:, 0], self.bucket[:, 1]
+        columns, column_of = _distinct(widths)
+        rows, row_of = _distinct(heights)
+        cell_of = column_of[widths] * len(rows) + row_of[heights]
+        cells, number_of = _distinct(cell_of)
+        buckets = [(int(columns[cell // len(rows)]), int(rows[cell % len(rows)])) for cell in cells.tolist()]
+        return buckets, number_of[cell_of].astype(np.int32)
 
     @property
     def usable(self) -> NDArray[np.bool_]:
@@ -121,6 +137,53 @@ def assign_many(sizes: Sizes, dataset: DatasetConfig) -> Assignments:
     return Assignments(bucket, resized, error)
 
 
+def merge_small(
+    sizes: Sizes, rows: Assignments, repeats: NDArray[np.float64], dataset: DatasetConfig
+) -> Assignments:
+    """`rows` without buckets that do not fill a batch: the policy `merge`.
+
+    A bucket with fewer samples an epoch than `batch_size` goes, the smallest first, into the bucket among the others
+    where the least is cropped, until every bucket fills a batch or one is left. What is cropped is the mean over the
+    bucket's samples of the share of the resized picture that is cut away. With `bucket_no_upscale` only buckets count
+    that all its images cover without being enlarged; without such a one it stays as it is.
+
+    Args:
+        sizes: [N, 2], the images'.
+        rows: from `assign_many`.
+        repeats: [N], samples of each image in an epoch; a fraction is the mean over epochs.
+        dataset: the settings.
+    """
+    sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+    buckets, bucket_of = rows.numbered()
+    table = np.array(buckets, dtype=np.int64).reshape(-1, 2)
+    # Sums of fractions are rounded, so that ten times 0.1 is one whole sample.
+    samples = np.bincount(bucket_of, weights=repeats, minlength=len(table)).round(6)
+    left = table.min(axis=1) > 0
+    stays = ~left
+    while left.sum() > 1:
+        small = np.flatnonzero(left & ~stays & (samples < dataset.batch_size))
+        if not len(small):
+            break
+        smallest = int(small[np.argmin(samples[small])])
+        images = np.flatnonzero(bucket_of == smallest)
+        left[smallest] = False
+        others = np.flatnonzero(left)
+        loss = _crop_loss(sizes[images], repeats[images], table[others], enlarge=not dataset.bucket_no_upscale)
+        if not np.isfinite(loss).any():
+            left[smallest], stays[smallest] = True, True
+            continue
+        target = int(others[np.argmin(loss)])
+        bucket_of[images] = target
+        samples[target] += samples[smallest]
+    bucket = table[bucket_of]
+    moved = (bucket != rows.bucket).any(axis=1)
+    resized, error = rows.resized.copy(), rows.aspect_error.copy()
+    aspect = sizes[moved, 0] / sizes[moved, 1]
+    resized[moved] = _cover(sizes[moved], aspect, bucket[moved])
+    error[moved] = bucket[moved, 0] / bucket[moved, 1] - aspect
+    return Assignments(bucket, resized, error)
+
+
 def crop_box(resized: Size, bucket: Size) -> tuple[int, int]:
     """(left, top) of the centred box of size `bucket` in an image of size `resized`."""
     return (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
@@ -140,6 +203,26 @@ def _nearest(sizes: Sizes, aspect: NDArray[np.float64], buckets: list[Size]) -> 
     wanted = sizes[:, 0] << 32 | sizes[:, 1]
     place = np.clip(np.searchsorted(codes, wanted), 0, len(codes) - 1)
     return table[np.where(codes[place] == wanted, place, chosen)]
+
+
+def _crop_loss(sizes: Sizes, repeats: NDArray[np.float64], buckets: Sizes, enlarge: bool) -> NDArray[np.float64]:
+    """[buckets]: mean share of the resized pictures that each bucket cuts away; infinite where it is refused."""
+    lost = np.zeros(len(buckets))
+    for start in range(0, len(sizes), _AT_ONCE):
+        some = sizes[start : start + _AT_ONCE]
+        pairs, targets = np.repeat(some, len(buckets), axis=0), np.tile(buckets, (len(some), 1))
+        kept = targets.prod(axis=1) / _cover(pairs, pairs[:, 0] / pairs[:, 1], targets).prod(axis=1)
+        if not enlarge:
+            kept[(pairs < targets).any(axis=1)] = -np.inf
+        lost += repeats[start : start + _AT_ONCE] @ (1 - kept).reshape(len(some), len(buckets))
+    mean: NDArray[np.float64] = lost / repeats.sum()
+    return mean
+
+
+def _distinct(values: Sizes) -> tuple[Sizes, Sizes]:
+    """(the distinct of some small numbers, sorted; the number of each value among them, by value)."""
+    present = np.bincount(values) > 0
+    return np.flatnonzero(present), np.cumsum(present) - 1
 
 
 def _cover(sizes: Sizes, aspect: NDArray[np.float64], bucket: Sizes) -> Sizes:

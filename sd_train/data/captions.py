@@ -11,14 +11,16 @@ import math
 import os
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from sd_train.config.textfile import read_text
-from sd_train.data.config import SubsetConfig
 from sd_train.data.record import ImageRecord
+from sd_train.data.settings import SubsetConfig
 from sd_train.errors import DataError
-from sd_train.randomness import stream
+from sd_train.randomness import derive, stream
 
 TEXT_EXTENSIONS = (".txt", ".caption", ".captions", ".tags", ".cap")
 """Where captions are looked for when the configured extension finds none, to name it in the message."""
@@ -39,9 +41,7 @@ def caption_name(image: str, extension: str, names: Collection[str]) -> str | No
 
 
 def read_caption(path: Path, enable_wildcard: bool) -> str:
-    """The caption in `path`: its first line, or with wildcards all lines that are not blank; stripped.
-
-    A first line that is blank gives an empty caption.
+    """The caption in `path`, as `caption_of` takes it from the text.
 
     Raises:
         DataError: if the file is empty, not UTF-8 or cannot be read.
@@ -49,8 +49,18 @@ def read_caption(path: Path, enable_wildcard: bool) -> str:
     text = read_text(path, DataError)
     if not text:
         raise DataError(f"{path}: the caption file is empty; write the caption, or one blank line for no caption")
+    return caption_of(text, enable_wildcard)
+
+
+def caption_of(text: str, enable_wildcard: bool) -> str:
+    """The caption in a caption file's `text`: its first line, or with wildcards all lines that are not blank; stripped.
+
+    A first line that is blank gives an empty caption.
+    """
+    if not enable_wildcard:
+        return text.partition("\n")[0].strip()
     lines = [line.strip() for line in text.split("\n")]
-    return "\n".join(line for line in lines if line) if enable_wildcard else lines[0]
+    return "\n".join(line for line in lines if line)
 
 
 def process_caption(
@@ -64,30 +74,106 @@ def process_caption(
         step: updates done, for the token warm-up.
         max_train_steps: where the training ends, for a warm-up given as a fraction.
     """
+    if _dropped(subset, rng, epoch):
+        return ""
+    line = _line(caption, subset, rng)
+    tags = _split(line, subset)
+    return _finish(line, tags, subset, rng, _warmed_up(len(tags.free), subset, step, max_train_steps))
+
+
+def sample_caption(
+    record: ImageRecord,
+    seed: int,
+    epoch: int,
+    repeat: int,
+    step: int,
+    max_train_steps: int,
+    variants: int | None = None,
+) -> str:
+    """The prompt of one sample.
+
+    Args:
+        record: its image.
+        seed: of the training.
+        epoch: that the sample belongs to, from zero.
+        repeat: which of the image's samples in that epoch.
+        step: updates done, for the token warm-up alone.
+        max_train_steps: where the training ends, for a warm-up given as a fraction.
+        variants: None draws each sample's caption on its own; a number draws one of so many fixed versions, the ones
+            that `caption_variants` lists. Whether the caption is dropped is drawn for each sample either way.
+    """
+    rng = stream(seed, "caption", epoch, record.key, repeat)
+    if variants is None:
+        return process_caption(record.caption, record.subset, rng, epoch, step, max_train_steps)
+    if _dropped(record.subset, rng, epoch):
+        return ""
+    variant = derive(seed, "variant", epoch, record.key, repeat) % variants
+    rng = stream(seed, "caption variant", record.key, variant)
+    line = _line(record.caption, record.subset, rng)
+    tags = _split(line, record.subset)
+    return _finish(line, tags, record.subset, rng, _warmed_up(len(tags.free), record.subset, step, max_train_steps))
+
+
+def caption_variants(record: ImageRecord, seed: int, variants: int | None, max_train_steps: int) -> list[str]:
+    """Every text that `sample_caption` gives for `record` with so many `variants`, each once, "" last if it may drop.
+
+    All stages of a token warm-up are among them. None is for subsets of which `needs_variants` says no: there is one.
+    """
+    subset, found = record.subset, dict[str, None]()
+    if subset.caption_dropout_rate >= 1 or subset.caption_dropout_every_n_epochs == 1:
+        return [""]
+    for variant in range(variants or 1):
+        rng = stream(seed, "caption variant", record.key, variant)
+        line = _line(record.caption, subset, rng)
+        tags, state = _split(line, subset), rng.getstate()
+        for count in _stages(len(tags.free), subset, max_train_steps):
+            rng.setstate(state)
+            found[_finish(line, tags, subset, rng, count)] = None
+        if needs_variants(subset) is None:
+            break
+    if subset.caption_dropout_rate > 0 or subset.caption_dropout_every_n_epochs > 0:
+        found[""] = None
+    return list(found)
+
+
+def needs_variants(subset: SubsetConfig) -> str | None:
+    """The option that makes an image's caption differ between samples; None if it is the same or dropped."""
+    options = {
+        "shuffle_caption": subset.shuffle_caption,
+        "enable_wildcard": subset.enable_wildcard,
+        "caption_tag_dropout_rate": subset.caption_tag_dropout_rate > 0,
+        "token_warmup_step": subset.token_warmup_step > 0,
+    }
+    return next((name for name, given in options.items() if given), None)
+
+
+@dataclass(frozen=True)
+class _Tags:
+    """A caption's tags: those that keep their place at both ends, and those between."""
+
+    head: list[str]
+    free: list[str]
+    tail: list[str]
+    divided: bool
+    """Whether `keep_tokens_separator` divides the caption."""
+
+
+def _dropped(subset: SubsetConfig, rng: random.Random, epoch: int) -> bool:
+    """Whether a sample's caption is left out; draws first of all from `rng`, and only if there is a rate."""
     if subset.caption_dropout_rate > 0 and rng.random() < subset.caption_dropout_rate:
-        return ""
-    if subset.caption_dropout_every_n_epochs > 0 and (epoch + 1) % subset.caption_dropout_every_n_epochs == 0:
-        return ""
+        return True
+    return subset.caption_dropout_every_n_epochs > 0 and (epoch + 1) % subset.caption_dropout_every_n_epochs == 0
+
+
+def _line(caption: str, subset: SubsetConfig, rng: random.Random) -> str:
+    """The line that is chosen, with prefix and suffix, its wildcards filled."""
     lines = caption.split("\n")
     line = rng.choice(lines) if subset.enable_wildcard and len(lines) > 1 else lines[0]
     if subset.caption_prefix:
         line = f"{subset.caption_prefix} {line}"
     if subset.caption_suffix:
         line = f"{line} {subset.caption_suffix}"
-    if subset.enable_wildcard:
-        line = _fill_wildcards(line, rng)
-    divided = bool(subset.keep_tokens_separator) and subset.keep_tokens_separator in line
-    if divided or subset.shuffle_caption or subset.token_warmup_step > 0 or subset.caption_tag_dropout_rate > 0:
-        line = _arrange(line, subset, rng, step, max_train_steps)
-    if subset.secondary_separator:
-        line = line.replace(subset.secondary_separator, subset.caption_separator)
-    return line
-
-
-def sample_caption(record: ImageRecord, seed: int, epoch: int, repeat: int, step: int, max_train_steps: int) -> str:
-    """The prompt of one sample; `epoch` from zero, `step` the updates done (for the token warm-up alone)."""
-    rng = stream(seed, "caption", epoch, record.key, repeat)
-    return process_caption(record.caption, record.subset, rng, epoch, step, max_train_steps)
+    return _fill_wildcards(line, rng) if subset.enable_wildcard else line
 
 
 def _fill_wildcards(line: str, rng: random.Random) -> str:
@@ -97,31 +183,57 @@ def _fill_wildcards(line: str, rng: random.Random) -> str:
     return line.replace(_OPEN, "{").replace(_CLOSE, "}")
 
 
-def _arrange(line: str, subset: SubsetConfig, rng: random.Random, step: int, max_train_steps: int) -> str:
-    """Token warm-up, then shuffle, then dropout of the tags that are not kept."""
-    head, tags, tail = _split(line, subset)
+def _finish(line: str, tags: _Tags, subset: SubsetConfig, rng: random.Random, count: int) -> str:
+    """The prompt: the first `count` free tags, shuffled, less those that are dropped, joined with what is kept."""
+    rate = subset.caption_tag_dropout_rate
+    if tags.divided or subset.shuffle_caption or subset.token_warmup_step > 0 or rate > 0:
+        free = tags.free[:count]
+        if subset.shuffle_caption:
+            rng.shuffle(free)
+        if rate > 0:
+            free = [tag for tag in free if rng.random() >= rate]
+        separator = subset.caption_separator
+        line = (separator if separator[-1].isspace() else separator + " ").join(tags.head + free + tags.tail)
+    if subset.secondary_separator:
+        line = line.replace(subset.secondary_separator, subset.caption_separator)
+    return line
+
+
+def _warmed_up(tags: int, subset: SubsetConfig, step: int, max_train_steps: int) -> int:
+    """How many of so many free `tags` the token warm-up lets through after `step` updates."""
+    warmup = _warmup(subset, max_train_steps)
+    if step >= warmup:
+        return tags
+    least = subset.token_warmup_min
+    return min(tags, math.floor(step * ((tags - least) / warmup)) + least)
+
+
+def _warmup(subset: SubsetConfig, max_train_steps: int) -> float:
+    """Updates until the captions have all their tags."""
     warmup: float = subset.token_warmup_step
-    if warmup < 1:
-        warmup = math.floor(warmup * max_train_steps)
-    if step < warmup:
-        tags = tags[: math.floor(step * ((len(tags) - subset.token_warmup_min) / warmup)) + subset.token_warmup_min]
-    if subset.shuffle_caption:
-        rng.shuffle(tags)
-    if subset.caption_tag_dropout_rate > 0:
-        tags = [tag for tag in tags if rng.random() >= subset.caption_tag_dropout_rate]
-    separator = subset.caption_separator
-    return (separator if separator[-1].isspace() else separator + " ").join(head + tags + tail)
+    return math.floor(warmup * max_train_steps) if warmup < 1 else warmup
 
 
-def _split(line: str, subset: SubsetConfig) -> tuple[list[str], list[str], list[str]]:
-    """(fixed head, free tags, fixed tail). Empty tags go only where `keep_tokens_separator` divides the caption."""
+def _stages(tags: int, subset: SubsetConfig, max_train_steps: int) -> list[int]:
+    """All numbers that `_warmed_up` gives from the first update on."""
+    steps = range(math.ceil(_warmup(subset, max_train_steps)))
+    found, step = list[int](), 0
+    while step < len(steps):
+        found.append(_warmed_up(tags, subset, step, max_train_steps))
+        # The number never falls: on to the first update that has more.
+        step = bisect_right(steps, found[-1], key=lambda later: _warmed_up(tags, subset, later, max_train_steps))
+    return found if found and found[-1] == tags else [*found, tags]
+
+
+def _split(line: str, subset: SubsetConfig) -> _Tags:
+    """The tags of `line`. Empty ones go only where `keep_tokens_separator` divides the caption."""
     divider = subset.keep_tokens_separator
     if divider and divider in line:
-        head, tags, *rest = line.split(divider, 2)
+        head, free, *rest = line.split(divider, 2)
         tail = rest[0].replace(divider, subset.caption_separator) if rest else ""
-        return _tags(head, subset), _tags(tags, subset), _tags(tail, subset)
+        return _Tags(_tags(head, subset), _tags(free, subset), _tags(tail, subset), True)
     every = [tag.strip() for tag in line.strip().split(subset.caption_separator)]
-    return every[: subset.keep_tokens], every[subset.keep_tokens :], []
+    return _Tags(every[: subset.keep_tokens], every[subset.keep_tokens :], [], False)
 
 
 def _tags(part: str, subset: SubsetConfig) -> list[str]:

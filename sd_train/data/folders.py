@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from sd_train.errors import Problem
 
-IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"})
-_OTHER_IMAGES = frozenset({".heic", ".heif", ".gif", ".tif", ".tiff", ".jxl", ".jfif", ".jp2", ".psd", ".svg", ".tga"})
+
+def _plugin(name: str) -> bool:
+    """Whether the Pillow plugin `name` is installed; it is imported, so that Pillow knows its format."""
+    if find_spec(name) is None:
+        return False
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        # Built for another Pillow or system: its files are then named as unreadable.
+        return False
+    return True
+
+
+def image_extensions() -> frozenset[str]:
+    """Extensions of image files, lower case: what Pillow always reads, and .avif and .jxl where it can."""
+    found = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+    # Pillow brings AVIF since 11.3.
+    if find_spec("PIL._avif") is not None or _plugin("pillow_avif"):
+        found.add(".avif")
+    if _plugin("pillow_jxl"):
+        found.add(".jxl")
+    return frozenset(found)
+
+
+IMAGE_EXTENSIONS = image_extensions()
+_OTHER_IMAGES = frozenset(
+    {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg", ".tga", ".tif", ".tiff"}
+)
+_PLUGINS = {".avif": "pillow-avif-plugin", ".jxl": "pillow-jxl-plugin"}
 _LEGACY_FOLDER = re.compile(r"\s*\d+\s*(_.*)?")
 
 
@@ -86,8 +115,9 @@ def no_images(where: str, path: Path) -> Problem:
     unreadable = {extension: count for extension, count in extensions.items() if extension in _OTHER_IMAGES}
     if unreadable:
         found = ", ".join(f"{_number(count, 'file')} {extension}" for extension, count in sorted(unreadable.items()))
+        plugins = [f"pip install {_PLUGINS[extension]}" for extension in sorted(unreadable) if extension in _PLUGINS]
         return Problem(where, value, f"no image that can be read lies in this folder, only {found}",
-                       f"convert them to one of {known}")
+                       " or ".join([*plugins, f"convert them to one of {known}"]))
     found = "it is empty" if not listed.others and not listed.folders else (
         f"it holds {_number(len(listed.others), 'other file')} and {_number(len(listed.folders), 'folder')}")
     return Problem(where, value, f"no image lies in this folder ({found})", f"put images ({known}) there or correct it")

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sd_train.config.textfile import printable
-from sd_train.data.buckets import Assignments, Size, assign_many, too_small
-from sd_train.data.config import DatasetConfig
-from sd_train.data.headers import read_size
+from sd_train.data.assignment import assign_columns, much_enlarged
+from sd_train.data.buckets import Size, too_small
+from sd_train.data.columns import TextColumn
+from sd_train.data.content import ContentHashes
 from sd_train.data.record import ImageRecord
-from sd_train.data.subset import SubsetFiles, first_names, read_subset
+from sd_train.data.settings import DatasetConfig
+from sd_train.data.split import choose_validation, unchanged, verify
+from sd_train.data.subset import IndexOptions, SubsetFiles, SubsetReader, first_names
 from sd_train.errors import DataError, Problem, Problems
 
-__all__ = ["ImageIndex", "ImageRecord", "balance", "build_index"]
+__all__ = ["ImageIndex", "ImageRecord", "IndexOptions", "Indexes", "balance", "build_indexes"]
 
 MOST_SAMPLES = 100_000_000
 """Samples of an epoch; their order is kept in memory."""
 
-MUCH_ENLARGED = 4
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,11 @@ class ImageIndex:
     """N images in columns, in the order of subsets and file names. Images that are never used are not in it."""
 
     dataset: DatasetConfig
-    paths: list[str]
+    keys: TextColumn
     """Path of each image within its subset."""
-    captions: list[str]
+    captions: TextColumn
+    masks: TextColumn | None
+    """Name of each image's mask in its subset's `conditioning_data_dir`, "" without; None: no subset has any."""
     subset_of: NDArray[np.int32]
     """[N]: number of the subset."""
     sizes: NDArray[np.int32]
@@ -43,30 +52,43 @@ class ImageIndex:
     """[N]"""
     bucket_of: NDArray[np.int32]
     """[N]: number in `buckets`."""
-    repeats: NDArray[np.int64]
-    """[N]: how many times each image is seen in an epoch, at least once."""
+    repeats: NDArray[np.float64]
+    """[N]: how many times each image is seen in an epoch, above zero; the mean over epochs where not whole."""
     weights: NDArray[np.float32]
-    """[N]"""
+    """[N]: of the loss."""
+    stats: NDArray[np.int64]
+    """[N, 2]: file size in bytes and time of the last change in nanoseconds."""
     buckets: list[Size]
     """The sizes that occur, sorted."""
     num_train_images: int
-    """Images times repeats of the subsets that are learned."""
+    """Images times repeats of the subsets that are learned, to the nearest whole number."""
     num_reg_images: int
     """Images times `num_repeats` of the regularisation subsets, before they are balanced (as sd-scripts counts)."""
-    captions_of_folders: tuple[tuple[str, list[str]], ...]
-    """(folder name, captions) of each subset, with those of regularisation images that are not used."""
-    warnings: tuple[str, ...]
+    captions_of_folders: tuple[tuple[str, Sequence[str]], ...]
+    """(folder or metadata file, captions) of each subset, with those of regularisation images that are not used."""
+    warnings: tuple[str, ...] = ()
     """What is unusual but allowed."""
+    left_out: tuple[str, ...] = ()
+    """What is wrong with each image that `skip_broken_images` left out, its path first."""
+    roots: tuple[Path, ...] = ()
+    """Where the keys of each subset start; empty: `image_dir`."""
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.keys)
+
+    def path(self, number: int) -> Path:
+        """The file of the image at `number`; an image inside a parquet file is FILE.parquet/ROW."""
+        subset = int(self.subset_of[number])
+        root = self.roots[subset] if self.roots else self.dataset.subsets[subset].image_dir
+        return root / self.keys[number]
 
     def record(self, number: int) -> ImageRecord:
         """The image at `number`."""
         subset = self.dataset.subsets[int(self.subset_of[number])]
+        mask = self.masks[number] if self.masks is not None else ""
         return ImageRecord(
-            path=subset.image_dir / self.paths[number],
-            key=self.paths[number],
+            path=self.path(number),
+            key=self.keys[number],
             subset=subset,
             size=(int(self.sizes[number, 0]), int(self.sizes[number, 1])),
             bucket=self.buckets[int(self.bucket_of[number])],
@@ -74,12 +96,13 @@ class ImageIndex:
             caption=self.captions[number],
             weight=float(self.weights[number]),
             is_reg=subset.is_reg,
+            mask=subset.conditioning_data_dir / mask if mask and subset.conditioning_data_dir else None,
         )
 
     @property
     def is_reg(self) -> NDArray[np.bool_]:
         """[N]: whether each image is there for regularisation."""
-        kinds: NDArray[np.bool_] = np.array([subset.is_reg for subset in self.dataset.subsets])[self.subset_of]
+        kinds: NDArray[np.bool_] = np.array([subset.is_reg for subset in self.dataset.subsets], bool)[self.subset_of]
         return kinds
 
     def image_count(self, subset: int) -> int:
@@ -87,10 +110,9 @@ class ImageIndex:
         return len(self.captions_of_folders[subset][1])
 
     def bucket_counts(self) -> list[int]:
-        """Samples of an epoch in each of `buckets`, repeats counted."""
-        counts = np.zeros(len(self.buckets), dtype=np.int64)
-        np.add.at(counts, self.bucket_of, self.repeats)
-        return [int(count) for count in counts]
+        """Samples of an epoch in each of `buckets`, repeats counted (to the nearest whole number)."""
+        counts = np.bincount(self.bucket_of, weights=self.repeats, minlength=len(self.buckets))
+        return [int(count) for count in np.rint(counts)]
 
     @property
     def mean_aspect_error(self) -> float:
@@ -100,7 +122,8 @@ class ImageIndex:
     def tag_frequency(self) -> dict[str, dict[str, int]]:
         """For each folder, how many captions hold each tag (split at ",", stripped, lower case; no repeats).
 
-        sd-scripts' `BaseDataset.set_tag_frequency`; folders of the same name are counted together.
+        sd-scripts' `BaseDataset.set_tag_frequency`; folders of the same name are counted together, metadata files
+        stand for their folder.
         """
         frequency: dict[str, Counter[str]] = {}
         for folder, captions in self.captions_of_folders:
@@ -110,72 +133,204 @@ class ImageIndex:
         return {folder: dict(counter) for folder, counter in frequency.items()}
 
 
-def build_index(dataset: DatasetConfig, *, allow_missing_captions: bool, prior_loss_weight: float) -> ImageIndex:
-    """List the images of `dataset`, read their captions and headers, assign buckets, balance regularisation images.
+@dataclass(frozen=True)
+class Indexes:
+    """What is learned and what is kept for validation."""
+
+    training: tuple[ImageIndex, ...]
+    """One for each dataset, in their order."""
+    validation: tuple[ImageIndex, ...]
+    """One for each dataset with a `validation_split` that keeps an image: each image once and never changed."""
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of one dataset, a group for each subset, and what to say of them."""
+
+    dataset: DatasetConfig
+    files: list[SubsetFiles]
+    warnings: list[str]
+    left_out: tuple[str, ...] = ()
+
+
+def build_indexes(datasets: Sequence[DatasetConfig], options: IndexOptions) -> Indexes:
+    """List the images of `datasets`, read their captions and headers, choose the images that are kept for
+    validation, balance regularisation images, assign buckets.
 
     Raises:
-        DataError: with every problem of all subsets: no image, captions missing or unreadable, headers unreadable,
-            images that no bucket can take.
+        DataError: with every problem of all datasets: no image, captions missing or unreadable, images unreadable,
+            metadata that is wrong, masks missing, images that no bucket can take.
     """
-    problems, warnings = Problems(), list[str]()
-    listed = [read_subset(subset, allow_missing_captions, problems, warnings) for subset in dataset.subsets]
-    repeats = _repeats(listed, warnings)
-    _check_total(dataset, repeats, problems)
-    used = [np.flatnonzero(counts) for counts in repeats]
-    paths = [files.images[row] for files, rows in zip(listed, used, strict=True) for row in rows]
-    captions = [files.captions[row] for files, rows in zip(listed, used, strict=True) for row in rows]
-    subset_of = np.repeat(np.arange(len(listed), dtype=np.int32), [len(rows) for rows in used])
-    sizes = _sizes(dataset, paths, subset_of, problems)
+    problems, reader = Problems(), SubsetReader(datasets, options)
+    decodes = options.verify_images or options.skip_broken_images or any(item.validation_split for item in datasets)
+    with closing(ContentHashes(options.cache_dir if decodes else None)) as hashes:
+        listings = [_list(dataset, reader, hashes, problems) for dataset in datasets]
+        listed = [(listing.dataset, listing.files) for listing in listings]
+        chosen = choose_validation(listed, hashes, options.seed, problems, [listing.warnings for listing in listings])
+    training, validation = list[ImageIndex](), list[ImageIndex]()
+    for listing, rows in zip(listings, chosen, strict=True):
+        kept = [files.where(~own) for files, own in zip(listing.files, rows, strict=True)]
+        index = _training_index(_Listing(listing.dataset, kept, listing.warnings, listing.left_out), options, problems)
+        if index is not None:
+            training.append(index)
+        if any(own.any() for own in rows) and (index := _validation_index(listing, rows, problems)) is not None:
+            validation.append(index)
     problems.raise_if_any(DataError)
-    if not paths:
-        raise DataError(f"{dataset.origin}: no image to learn; add a subset with images and is_reg = false")
-    rows = assign_many(sizes, dataset)
-    _check_usable(dataset, paths, subset_of, sizes, rows)
-    warnings += _much_enlarged(paths, sizes, rows.resized)
-    codes, bucket_of = np.unique(rows.bucket[:, 0] << 32 | rows.bucket[:, 1], return_inverse=True)
-    is_reg = np.array([subset.is_reg for subset in dataset.subsets])[subset_of]
+    return Indexes(tuple(training), tuple(validation))
+
+
+def _list(dataset: DatasetConfig, reader: SubsetReader, hashes: ContentHashes, problems: Problems) -> _Listing:
+    """Read every subset of `dataset`; images that are broken or too small for it are taken out."""
+    warnings, left_out, listed = list[str](), list[str](), list[SubsetFiles]()
+    options = reader.options
+    for subset in dataset.subsets:
+        files = reader.read(subset, problems, warnings)
+        broken = dict(files.broken)
+        if options.verify_images or options.skip_broken_images:
+            broken |= verify(files, hashes)
+        messages = [broken[row] for row in sorted(broken)]
+        if messages and options.skip_broken_images:
+            left_out += messages
+            warnings.append(f"{subset.origin}: {len(messages)} of {len(files)} images cannot be read and are left "
+                            "out: " + first_names(messages, "\n      "))
+        elif messages:
+            problems.add(subset.origin, None, f"{len(messages)} images cannot be read: "
+                         + first_names(messages, "\n      "),
+                         "mend or remove them, or give --skip_broken_images to train without them")
+        usable = np.ones(len(files), bool)
+        usable[list(broken)] = False
+        listed.append(_large_enough(files.where(usable), dataset, warnings))
+        if len(files) and not len(listed[-1]) and (not messages or options.skip_broken_images):
+            problems.add(subset.origin, None, f"none of its {len(files)} images is left: each is broken or not above "
+                         "skip_image_resolution", "give other images or leave the subset out")
+    return _Listing(dataset, listed, warnings, tuple(map(printable, left_out)))
+
+
+def _large_enough(files: SubsetFiles, dataset: DatasetConfig, warnings: list[str]) -> SubsetFiles:
+    """`files` without those whose sqrt(width x height) is not above `skip_image_resolution`."""
+    limit = dataset.skip_image_resolution
+    if limit <= 0:
+        return files
+    large = np.sqrt(files.sizes.astype(np.float64).prod(axis=1)) > limit
+    if not large.all():
+        names = [files.keys[row] for row in np.flatnonzero(~large)[:6].tolist()]
+        count = int((~large).sum())
+        warnings.append(f"{files.subset.origin}: {count} of {len(files)} images are left out because "
+                        f"sqrt(width x height) is not above skip_image_resolution ({limit:g}): "
+                        + first_names(names, count=count))
+    return files.where(large)
+
+
+def _training_index(listing: _Listing, options: IndexOptions, problems: Problems) -> ImageIndex | None:
+    """The index of what is learned; None if there is nothing, or something is wrong, which is then noted."""
+    dataset, warnings = listing.dataset, list(listing.warnings)
+    known = len(problems.found)
+    repeats = _repeats(listing.files, warnings)
+    total = sum(float(counts.sum()) for counts in repeats)
+    if total > MOST_SAMPLES:
+        problems.add(dataset.origin, None, f"an epoch would have {total:,.0f} samples (images x num_repeats), more "
+                     f"than {MOST_SAMPLES:,}", "lower num_repeats and train more epochs instead")
+    elif total == 0 and not known:
+        problems.extend([Problem(dataset.origin, None, "no image to learn",
+                                 "add a subset with images and is_reg = false")])
+    if not total or total > MOST_SAMPLES:
+        return None
+    weights = [
+        subset.loss_weight * (options.prior_loss_weight if subset.is_reg else 1.0) for subset in dataset.subsets
+    ]
+    return _index(_Listing(dataset, listing.files, warnings, listing.left_out), repeats, weights, problems)
+
+
+def _validation_index(
+    listing: _Listing, chosen: Sequence[NDArray[np.bool_]], problems: Problems
+) -> ImageIndex | None:
+    """The index of the images that are kept: each once, as it is."""
+    files = [unchanged(files.where(own)) for files, own in zip(listing.files, chosen, strict=True)]
+    dataset = replace(listing.dataset, subsets=tuple(part.subset for part in files), bucket_policy="keep", warnings=())
+    weights = [subset.loss_weight for subset in dataset.subsets]
+    return _index(_Listing(dataset, files, []), [np.ones(len(part)) for part in files], weights, problems)
+
+
+def _index(
+    listing: _Listing, repeats: Sequence[NDArray[np.float64]], weights: Sequence[float], problems: Problems
+) -> ImageIndex | None:
+    """The columns of the images with `repeats`; None if no bucket can take some of them, which is noted."""
+    dataset = listing.dataset
+    used = [files.where(counts > 0) for files, counts in zip(listing.files, repeats, strict=True)]
+    subset_of = np.repeat(np.arange(len(used), dtype=np.int32), [len(files) for files in used])
+    sizes = _joined([files.sizes for files in used])
+    counts = _joined([own[own > 0] for own in repeats])
+    columns = assign_columns(sizes, counts, dataset)
+    if len(columns.unusable):
+        _note_small(used, columns.unusable, dataset, problems)
+        return None
+    keys = TextColumn.join([files.keys for files in used])
+    captions = TextColumn.join([files.captions for files in used])
     return ImageIndex(
         dataset=dataset,
-        paths=paths,
+        keys=keys,
         captions=captions,
+        masks=_masks(used),
         subset_of=subset_of,
-        sizes=sizes.astype(np.int32),
-        resized=rows.resized.astype(np.int32),
-        aspect_error=rows.aspect_error,
-        bucket_of=bucket_of.astype(np.int32),
-        repeats=np.concatenate(repeats)[np.concatenate(repeats) > 0],
-        weights=np.where(is_reg, prior_loss_weight, 1.0).astype(np.float32),
-        buckets=[(int(code >> 32), int(code & 0xFFFFFFFF)) for code in codes],
-        num_train_images=_nominal(listed, is_reg=False),
-        num_reg_images=_nominal(listed, is_reg=True),
-        captions_of_folders=tuple((files.subset.image_dir.resolve().name, files.captions) for files in listed),
-        warnings=tuple(map(printable, warnings)),
+        sizes=sizes,
+        resized=columns.resized,
+        aspect_error=columns.aspect_error,
+        bucket_of=columns.bucket_of,
+        repeats=counts,
+        weights=np.array(weights, np.float32)[subset_of],
+        stats=_joined([files.stats for files in used]),
+        buckets=columns.buckets,
+        num_train_images=_nominal(listing.files, is_reg=False),
+        num_reg_images=_nominal(listing.files, is_reg=True),
+        captions_of_folders=_captions_of_folders(listing.files, used, captions),
+        warnings=tuple(map(printable, [*listing.warnings, *much_enlarged(keys, sizes, columns.resized)])),
+        left_out=listing.left_out,
+        roots=tuple(files.root for files in used),
     )
 
 
-def _much_enlarged(paths: Sequence[str], sizes: NDArray[np.int64], resized: NDArray[np.int64]) -> list[str]:
-    growth = (resized / sizes).max(axis=1)
-    found = np.flatnonzero(growth > MUCH_ENLARGED)
-    if not len(found):
-        return []
-    (width, height), (new_width, new_height) = sizes[found[0]], resized[found[0]]
-    return [
-        f"{len(found)} of {len(paths)} images are enlarged more than {MUCH_ENLARGED} times, the first is "
-        f"{paths[found[0]]} ({width}x{height} to {new_width}x{new_height}); give larger ones or none"
-    ]
+def _joined(parts: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def balance(repeats: Sequence[int], total: int) -> NDArray[np.int64]:
+def _masks(used: Sequence[SubsetFiles]) -> TextColumn | None:
+    if all(files.masks is None for files in used):
+        return None
+    return TextColumn.join([
+        TextColumn(np.zeros(0, np.uint8), np.zeros(len(files), np.int64)) if files.masks is None else files.masks
+        for files in used
+    ])
+
+
+def _captions_of_folders(
+    files: Sequence[SubsetFiles], used: Sequence[SubsetFiles], captions: TextColumn
+) -> tuple[tuple[str, Sequence[str]], ...]:
+    """The captions of each subset; where all of its images are used they share the memory of `captions`."""
+    result, row = list[tuple[str, Sequence[str]]](), 0
+    for whole, part in zip(files, used, strict=True):
+        texts = whole.captions
+        if len(part) == len(captions):
+            texts = captions
+        elif len(part) == len(whole):
+            ends = captions.ends[row : row + len(part)]
+            start = int(captions.ends[row - 1]) if row else 0
+            texts = TextColumn(captions.data[start : int(ends[-1]) if len(ends) else start], ends - start)
+        result.append((whole.name, texts))
+        row += len(part)
+    return tuple(result)
+
+
+def balance(repeats: Sequence[float] | NDArray[np.float64], total: int) -> NDArray[np.float64]:
     """How many times each regularisation image is used, against `total` samples that are learned.
 
     sd-scripts' rule (`DreamBoothDataset`): images are taken in order with their own `repeats` until the sum reaches
     `total` (the last one counts whole, so it may overshoot); if they do not suffice, each further pass adds one to
     each image in order until it does. Images that are not reached get 0.
     """
-    own = np.asarray(repeats, dtype=np.int64)
+    own = np.asarray(repeats, dtype=np.float64)
     before = np.cumsum(own) - own
     result = np.where(before < total, own, 0)
-    missing = total - int(result.sum())
+    missing = math.ceil(total - float(result.sum()))
     if missing > 0 and len(own):
         passes, rest = divmod(missing, len(own))
         result = result + passes
@@ -184,15 +339,15 @@ def balance(repeats: Sequence[int], total: int) -> NDArray[np.int64]:
 
 
 def _nominal(listed: Sequence[SubsetFiles], is_reg: bool) -> int:
-    return sum(len(files.images) * files.subset.num_repeats for files in listed if files.subset.is_reg == is_reg)
+    return round(sum(len(files) * files.subset.num_repeats for files in listed if files.subset.is_reg == is_reg))
 
 
-def _repeats(listed: Sequence[SubsetFiles], warnings: list[str]) -> list[NDArray[np.int64]]:
+def _repeats(listed: Sequence[SubsetFiles], warnings: list[str]) -> list[NDArray[np.float64]]:
     """For each subset, how many times each of its images is seen in an epoch."""
-    own = [np.full(len(files.images), files.subset.num_repeats, dtype=np.int64) for files in listed]
+    own = [np.full(len(files), files.subset.num_repeats, dtype=np.float64) for files in listed]
     reg = [number for number, files in enumerate(listed) if files.subset.is_reg]
     if reg:
-        balanced = balance(np.concatenate([own[number] for number in reg]).tolist(), _nominal(listed, is_reg=False))
+        balanced = balance(np.concatenate([own[number] for number in reg]), _nominal(listed, is_reg=False))
         if unused := int((balanced == 0).sum()):
             warnings.append(f"{unused} of {len(balanced)} regularisation images are not used: there are as many as "
                             "images to learn, repeats counted, without them")
@@ -202,39 +357,15 @@ def _repeats(listed: Sequence[SubsetFiles], warnings: list[str]) -> list[NDArray
     return own
 
 
-def _check_total(dataset: DatasetConfig, repeats: Sequence[NDArray[np.int64]], problems: Problems) -> None:
-    total = sum(int(counts.sum()) for counts in repeats)
-    if total > MOST_SAMPLES:
-        problems.add(dataset.origin, None, f"an epoch would have {total:,} samples (images x num_repeats), more than "
-                     f"{MOST_SAMPLES:,}", "lower num_repeats and train more epochs instead")
-
-
-def _sizes(
-    dataset: DatasetConfig, paths: Sequence[str], subset_of: NDArray[np.int32], problems: Problems
-) -> NDArray[np.int64]:
-    """[N, 2]: size of each image; unreadable headers are noted, subset by subset."""
-    sizes = np.ones((len(paths), 2), dtype=np.int64)
-    failed: dict[int, list[str]] = {}
-    for row, (path, subset) in enumerate(zip(paths, subset_of.tolist(), strict=True)):
-        try:
-            sizes[row] = read_size(dataset.subsets[subset].image_dir / path)
-        except DataError as problem:
-            failed.setdefault(subset, []).append(str(problem))
-    for subset, messages in failed.items():
-        problems.add(dataset.subsets[subset].origin, None, f"{len(messages)} images cannot be read: "
-                     + first_names(messages, "\n      "), "mend or remove them")
-    return sizes
-
-
-def _check_usable(
-    dataset: DatasetConfig, paths: Sequence[str], subset_of: NDArray[np.int32], sizes: NDArray[np.int64],
-    rows: Assignments,
+def _note_small(
+    used: Sequence[SubsetFiles], small: NDArray[np.int64], dataset: DatasetConfig, problems: Problems
 ) -> None:
-    problems = Problems()
-    small = np.flatnonzero(~rows.usable)
-    for row in small[:20].tolist():
-        path = dataset.subsets[int(subset_of[row])].image_dir / paths[row]
-        problems.extend([too_small(str(path), (int(sizes[row, 0]), int(sizes[row, 1])), dataset)])
+    """Name the first 20 images that no bucket can take."""
+    shown, first = small[:20], 0
+    for files in used:
+        for row in shown[(shown >= first) & (shown < first + len(files))] - first:
+            size = int(files.sizes[row, 0]), int(files.sizes[row, 1])
+            problems.extend([too_small(str(files.path(int(row))), size, dataset)])
+        first += len(files)
     if len(small) > 20:
         problems.extend([Problem(dataset.origin, None, f"{len(small) - 20} more images are too small", "as above")])
-    problems.raise_if_any(DataError)

@@ -6,14 +6,17 @@ keys about subsets may stand at all three levels and keys about datasets at the 
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic.config import JsonDict
 
 from sd_train.config.values import LARGEST_SIDE, SMALLEST_SIDE
-from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.data.settings import BucketPolicy, DatasetConfig, Interpolation, SubsetConfig
 
 
 def _pair(value: object) -> object:
@@ -28,12 +31,29 @@ def _pair(value: object) -> object:
 
 
 def _face_range(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+    numbers = value if isinstance(value, list | tuple) else []
+    if len(numbers) != 2 or any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        raise ValueError("must be a list of two numbers")
+    if not all(map(math.isfinite, numbers)) or not 0 < numbers[0] <= numbers[1]:
+        raise ValueError("must be two numbers above 0, the smaller one first")
+    return float(numbers[0]), float(numbers[1])
+
+
+def _repeats(value: float) -> float:
+    return int(value) if value == int(value) else value
 
 
 def _path(value: str) -> str:
     if "\0" in value:
         raise ValueError("holds a null character, which no file name has")
+    return value
+
+
+def _attributes(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("may hold text, finite numbers, true and false, lists and tables only") from None
     return value
 
 
@@ -44,6 +64,13 @@ _RESOLUTION_SCHEMA: dict[str, Any] = {
 _Resolution = Annotated[tuple[int, int] | None, BeforeValidator(_pair), WithJsonSchema(_RESOLUTION_SCHEMA)]
 _Rate = Annotated[float, Field(ge=0, le=1, examples=[0.1])]
 _Count = Annotated[int, Field(ge=0)]
+_FACE_SCHEMA: dict[str, Any] = {
+    "type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 2, "maxItems": 2
+}  # fmt: skip
+_FaceRange = Annotated[tuple[float, float] | None, BeforeValidator(_face_range), WithJsonSchema(_FACE_SCHEMA)]
+_Repeats = Annotated[float, Field(ge=0.001, le=1_000_000, examples=[10]), AfterValidator(_repeats)]
+_Path = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+_PLACES: JsonDict = {"anyOf": [{"required": ["image_dir"]}, {"required": ["metadata_file"]}]}
 
 
 class _Keys(BaseModel):
@@ -55,8 +82,10 @@ class _Keys(BaseModel):
 class SubsetKeys(_Keys):
     """Keys about subsets, allowed at all three levels; the innermost value counts."""
 
-    num_repeats: int = Field(default=SubsetConfig.num_repeats, ge=1, le=1_000_000, examples=[10])
-    """How many times each image is seen in an epoch."""
+    num_repeats: _Repeats = SubsetConfig.num_repeats
+    """How many times each image is seen in an epoch; 0.5 is every second epoch, 1.5 alternately once and twice."""
+    loss_weight: float = Field(default=SubsetConfig.loss_weight, ge=0, le=1_000_000, examples=[0.5])
+    """Weight of the loss of these images."""
     shuffle_caption: bool = SubsetConfig.shuffle_caption
     """Put the caption's tags into another order for every sample."""
     caption_separator: str = Field(default=SubsetConfig.caption_separator, min_length=1)
@@ -91,16 +120,23 @@ class SubsetKeys(_Keys):
     """Mirror half of the samples left to right."""
     random_crop: bool = SubsetConfig.random_crop
     """Cut the image to its bucket at a random place instead of the centre."""
-    color_aug: bool = False
-    """Not yet supported: random changes of hue and brightness."""
-    face_crop_aug_range: Annotated[tuple[float, float], BeforeValidator(_face_range)] | None = None
-    """Not yet supported: crops around the face that the file name gives."""
+    color_aug: bool = SubsetConfig.color_aug
+    """Change hue or brightness of a third of the samples a little."""
+    face_crop_aug_range: _FaceRange = Field(default=SubsetConfig.face_crop_aug_range, examples=[[1.0, 3.0]])
+    """Crop around the face whose place the file name gives (dog_CX_CY_W_H.png): the short side is so many times the
+    face, from the smallest to the largest; without buckets only."""
+    resize_interpolation: Interpolation | None = Field(
+        default=SubsetConfig.resize_interpolation, examples=["lanczos"]
+    )
+    """How images are resized; not given: area, or Lanczos where they grow."""
+    unmasked_weight: _Rate = SubsetConfig.unmasked_weight
+    """Weight of a pixel's loss where the mask is black or the image transparent."""
+    caption_column: str | None = Field(default=SubsetConfig.caption_column, min_length=1, examples=["text"])
+    """Where the rows of .jsonl and .parquet files hold the caption; not given: caption, else text."""
+    custom_attributes: Annotated[dict[str, Any], AfterValidator(_attributes)] = Field(default_factory=dict)
+    """Free attributes of a subset; the plan shows them, nothing else reads them."""
     cache_info: bool = False
-    """Not supported: sizes and captions are read anew at each start."""
-    custom_attributes: dict[str, Any] = Field(default_factory=dict)
-    """Not yet supported: free attributes of a subset."""
-    resize_interpolation: str | None = None
-    """Not yet supported: another interpolation than area for shrinking, Lanczos for enlarging."""
+    """Without effect: sizes and captions are looked up anew at each start."""
 
 
 class DatasetKeys(SubsetKeys):
@@ -120,12 +156,17 @@ class DatasetKeys(SubsetKeys):
     """The sides of buckets are multiples of this; itself a multiple of 64."""
     bucket_no_upscale: bool = DatasetConfig.bucket_no_upscale
     """Never enlarge an image: smaller ones get buckets of their own size."""
+    bucket_policy: BucketPolicy = DatasetConfig.bucket_policy
+    """Buckets that do not fill a batch: keep short batches; merge small buckets into the one that crops least; fill up
+    with repeats; carry what is left to the next epoch."""
+    skip_image_resolution: float = Field(default=DatasetConfig.skip_image_resolution, ge=0, examples=[256])
+    """Images whose sqrt(width x height) is not above this are left out."""
+    validation_split: float = Field(default=DatasetConfig.validation_split, ge=0, lt=1, examples=[0.1])
+    """Share of the images that is kept for validation; equal pictures stay together."""
+    validation_seed: int | None = Field(default=DatasetConfig.validation_seed, ge=0, lt=2**32, examples=[42])
+    """Seed that chooses them; not given: the training's."""
     network_multiplier: float = 1.0
-    """Not supported: without effect in sd-scripts too."""
-    validation_split: _Rate = 0.0
-    """Not yet supported: share of images kept for validation."""
-    validation_seed: int | None = None
-    """Not yet supported: seed of the validation split."""
+    """Without effect, in sd-scripts too."""
 
 
 class GeneralTable(DatasetKeys):
@@ -133,26 +174,28 @@ class GeneralTable(DatasetKeys):
 
 
 class SubsetTable(SubsetKeys):
-    """One folder of images."""
+    """One folder or metadata file of images."""
 
-    image_dir: Annotated[str, AfterValidator(_path)] = Field(min_length=1, examples=["photos/my_dog"])
-    """Folder that holds the images (its sub-folders are not read)."""
+    model_config = ConfigDict(json_schema_extra=_PLACES)
+
+    image_dir: _Path | None = Field(default=None, examples=["photos/my_dog"])
+    """Folder that holds the images itself; its sub-folders are not read. With metadata_file: where its paths start."""
+    metadata_file: _Path | None = Field(default=None, examples=["photos/meta.json"])
+    """Fine-tuning: .json, .jsonl or .parquet file with images and captions, or a folder that holds .parquet files."""
     is_reg: bool = SubsetConfig.is_reg
     """The images are regularisation images: they are balanced against the others, their loss has the weight of
     --prior_loss_weight."""
-    alpha_mask: bool = False
-    """Not yet supported: transparency as the weight of each pixel's loss."""
-    metadata_file: str | None = None
-    """Not yet supported: JSON file with the captions of a fine-tuning dataset."""
-    conditioning_data_dir: str | None = None
-    """Not yet supported: folder with masks or ControlNet images."""
+    alpha_mask: bool = SubsetConfig.alpha_mask
+    """The image's transparency is the weight of each pixel's loss."""
+    conditioning_data_dir: _Path | None = Field(default=None, examples=["photos/masks"])
+    """With --masked_loss: folder of masks named as their images; white counts, black has unmasked_weight."""
 
 
 class DatasetTable(DatasetKeys):
     """Subsets that share a resolution and a batch size."""
 
     subsets: list[SubsetTable] = Field(default_factory=list)
-    """The folders of the dataset, one [[datasets.subsets]] each."""
+    """The folders or metadata files of the dataset, one [[datasets.subsets]] each."""
 
 
 class DatasetFile(_Keys):
@@ -164,35 +207,23 @@ class DatasetFile(_Keys):
     """The datasets, one [[datasets]] each."""
 
 
-NOT_SUPPORTED: Mapping[str, str] = MappingProxyType(
-    {
-        "color_aug": "leave it out or set it to false",
-        "face_crop_aug_range": "leave it out; crop the faces beforehand, or use random_crop",
-        "custom_attributes": "remove the table",
-        "resize_interpolation": "leave it out: images are shrunk by area and enlarged by Lanczos",
-        "validation_split": "leave it out, and keep images for validation in a folder of their own",
-        "validation_seed": "leave it out",
-        "alpha_mask": "leave it out; transparent parts are shown on white",
-        "metadata_file": "write the captions into files beside the images (caption_extension) and give image_dir",
-        "conditioning_data_dir": "leave it out",
-    }
-)
-"""Keys that sd-scripts knows and this version does not: what to do instead."""
-
 NO_EFFECT: Mapping[str, str] = MappingProxyType(
     {
-        "cache_info": "sizes and captions are read anew at each start, so nothing can be stale",
+        "cache_info": "sizes and captions are looked up anew at each start, so nothing can be stale",
         "network_multiplier": "it has none in sd-scripts either",
+        "custom_attributes": "the plan shows them, nothing else reads them",
     }
 )
 """Keys that are accepted with a warning, and why they do nothing."""
 
 RUN_OPTIONS = frozenset(
     {
-        "cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
-        "vae_batch_size", "skip_cache_check", "debug_dataset", "max_token_length", "prior_loss_weight", "seed",
-        "dataset_class", "train_data_dir", "reg_data_dir", "in_json", "max_train_steps", "max_train_epochs",
-        "learning_rate", "gradient_accumulation_steps", "mixed_precision", "max_data_loader_n_workers",
+        "cache_latents", "cache_latents_to_disk", "cache_latents_sample", "cache_text_encoder_outputs",
+        "cache_text_encoder_outputs_to_disk", "cache_caption_variants", "cache_dir", "vae_batch_size",
+        "skip_cache_check", "debug_dataset", "max_token_length", "prior_loss_weight", "seed", "masked_loss",
+        "verify_images", "skip_broken_images", "allow_missing_captions", "trust_index", "dataset_class",
+        "train_data_dir", "reg_data_dir", "in_json", "max_train_steps", "max_train_epochs", "learning_rate",
+        "gradient_accumulation_steps", "mixed_precision", "max_data_loader_n_workers",
     }
 )
 """Options of the run that people look for in the dataset file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd_train.data.config import SubsetConfig
+from sd_train.data.settings import SubsetConfig
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class ImageRecord:
     """One image of the index. Sizes are (width, height) in pixels."""
 
     path: Path
+    """The file; an image inside a parquet file is FILE.parquet/ROW."""
     key: str
     """Path within the subset; with seed, epoch and repeat it names the image's random draws."""
     subset: SubsetConfig
@@ -24,5 +25,7 @@ class ImageRecord:
     caption: str
     """As read; `captions.process_caption` makes the prompt of it. Several lines with `enable_wildcard`."""
     weight: float
-    """Of the loss: 1, or the prior loss weight for a regularisation image."""
+    """Of the loss: the subset's, times the prior loss weight for a regularisation image."""
     is_reg: bool
+    mask: Path | None = None
+    """The picture in `conditioning_data_dir`, with that option."""

@@ -1,104 +1,324 @@
-"""One subset's files: its images in order, each with its caption, and what to say where captions fail."""
+"""One subset's files: its images in order, each with its caption, size and mask, and what to say where they fail."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
 
-from sd_train.data.captions import TEXT_EXTENSIONS, caption_name, read_caption
-from sd_train.data.config import SubsetConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from sd_train.data.captions import caption_of
+from sd_train.data.columns import TextColumn
 from sd_train.data.folders import list_folder, no_images
+from sd_train.data.headers import read_size
+from sd_train.data.index_file import KeptIndexes
+from sd_train.data.metadata_files import metadata_root, read_metadata, resolve
+from sd_train.data.parquet import is_parquet, read_parquet
+from sd_train.data.scan import CAPTION_NONE, CAPTION_READ, FolderScan, scan_files, scan_folder
+from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.errors import DataError, Problems
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
+class IndexOptions:
+    """What a run says of all datasets. The defaults are the command line's."""
+
+    allow_missing_captions: bool = False
+    prior_loss_weight: float = 1.0
+    seed: int = 0
+    verify_images: bool = False
+    """Decode every image, not only its header."""
+    skip_broken_images: bool = False
+    """Leave broken images out by name; implies `verify_images`, so that none breaks in mid-run."""
+    cache_dir: Path | None = None
+    """Where digests of contents and indexes of large folders are kept; None: nowhere."""
+    trust_index: bool = False
+    """Use a kept index without looking whether its files have changed."""
+
+
+@dataclass(frozen=True)
 class SubsetFiles:
-    """The images of a subset and their captions, one for each."""
+    """The N images of a subset, in order."""
 
     subset: SubsetConfig
-    images: list[str]
-    """File names, sorted."""
-    captions: list[str]
+    root: Path
+    """Where `keys` start."""
+    keys: TextColumn
+    captions: TextColumn
+    sizes: NDArray[np.int32]
+    """[N, 2]: (width, height) upright; (0, 0) for a broken image."""
+    stats: NDArray[np.int64]
+    """[N, 2]: file size, time of the last change in nanoseconds."""
+    masks: TextColumn | None = None
+    broken: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
+    """What is wrong with images that cannot be read, by row."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def name(self) -> str:
+        """What its captions are counted under: the folder's or, as in sd-scripts, the metadata file's name."""
+        return (self.subset.metadata_file or self.subset.image_dir).resolve().name
+
+    def path(self, row: int) -> Path:
+        return self.root / self.keys[row]
+
+    def where(self, chosen: NDArray[np.bool_]) -> SubsetFiles:
+        """The images that are `chosen` [N]; unless all are, none counts as broken any more."""
+        if chosen.all():
+            return self
+        rows = np.flatnonzero(chosen)
+        return replace(
+            self,
+            keys=self.keys.take(rows),
+            captions=self.captions.take(rows),
+            sizes=self.sizes[rows],
+            stats=self.stats[rows],
+            masks=None if self.masks is None else self.masks.take(rows),
+            broken=MappingProxyType({}),
+        )
 
 
-def first_names(names: Sequence[str], separator: str = ", ") -> str:
-    """The first five of `names` and the number of the others."""
-    more = f"{separator}and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+def first_names(names: Sequence[str], separator: str = ", ", count: int | None = None) -> str:
+    """The first five of `names` and the number of the others (`count`: of all, where `names` holds only some)."""
+    others = (count or len(names)) - _SHOWN
+    more = f"{separator}and {others} more" if others > 0 else ""
     lead = separator if separator.startswith("\n") else ""
     return lead + separator.join(names[:_SHOWN]) + more
 
 
-def read_subset(
-    subset: SubsetConfig, allow_missing_captions: bool, problems: Problems, warnings: list[str]
-) -> SubsetFiles:
-    """List the images of `subset` and read their captions; what fails is noted, with "" in its place.
+class SubsetReader:
+    """Reads the subsets of `datasets`; a folder that stands in several of them is scanned once."""
 
-    An image without caption file gets `class_tokens`; if there are none, or a caption file of another extension
-    stands beside it, that is a problem, or with `allow_missing_captions` a warning.
-    """
-    try:
-        folder = list_folder(subset.image_dir)
-        if not folder.images:
-            problems.extend([no_images(subset.origin, subset.image_dir)])
-    except OSError as problem:
-        problems.add(subset.origin, str(subset.image_dir), f"the folder cannot be read ({problem.strerror})",
-                     "check image_dir and its permissions")
-        return SubsetFiles(subset, [], [])
-    names = {os.path.normcase(name) for name in folder.others}
-    captions, missing, failed = list[str](), list[str](), list[str]()
-    for image in folder.images:
-        name = caption_name(image, subset.caption_extension, names)
-        if name is None:
-            missing.append(image)
-            captions.append(subset.class_tokens or "")
-            continue
+    def __init__(self, datasets: Sequence[DatasetConfig], options: IndexOptions) -> None:
+        self.options = options
+        self._uses = Counter(_place(subset) for dataset in datasets for subset in dataset.subsets)
+        self._keep = None if options.cache_dir is None else KeptIndexes(options.cache_dir, options.trust_index)
+        self._scans: dict[tuple[str, ...], FolderScan] = {}
+
+    def read(self, subset: SubsetConfig, problems: Problems, warnings: list[str]) -> SubsetFiles:
+        """The images of `subset` with captions and sizes; what fails is noted, with "" or (0, 0) in its place.
+
+        An image without caption gets `class_tokens`; if there are none, or a caption file of another extension
+        stands beside it, that is a problem, or with `allow_missing_captions` a warning.
+        """
         try:
-            captions.append(read_caption(subset.image_dir / name, subset.enable_wildcard))
+            if subset.metadata_file is None:
+                files = self._folder(subset, problems, warnings)
+            elif is_parquet(subset.metadata_file):
+                files = self._parquet(subset, problems, warnings)
+            else:
+                files = self._metadata(subset, problems, warnings)
         except DataError as problem:
-            failed.append(str(problem))
-            captions.append("")
-    if failed:
-        problems.add(subset.origin, None, f"{len(failed)} caption files cannot be used: "
-                     + first_names(failed, "\n      "), "mend them")
-    if missing:
-        _note_missing(SubsetFiles(subset, folder.images, captions), missing, names,
-                      None if allow_missing_captions else problems, warnings)
-    return SubsetFiles(subset, folder.images, captions)
+            # A file that cannot be read at all: the message names it and the way out.
+            for text in problem.problems:
+                rule, _, way_out = text.rpartition("; ")
+                problems.add(subset.origin, None, rule or text, way_out)
+            files = _nothing(subset)
+        except OSError as problem:
+            path = problem.filename if isinstance(problem.filename, str) else str(subset.image_dir)
+            problems.add(subset.origin, path, f"the folder cannot be read ({problem.strerror})",
+                         "check image_dir and its permissions")
+            files = _nothing(subset)
+        return files if subset.conditioning_data_dir is None else _with_masks(files, problems, warnings)
+
+    def _folder(self, subset: SubsetConfig, problems: Problems, warnings: list[str]) -> SubsetFiles:
+        place = _place(subset)
+        scan = self._scans.pop(place, None) or scan_folder(subset.image_dir, subset.caption_extension, self._keep)
+        self._uses[place] -= 1
+        if self._uses[place] > 0:
+            self._scans[place] = scan
+        if not len(scan.images):
+            problems.extend([no_images(subset.origin, subset.image_dir)])
+            return _nothing(subset)
+        files = SubsetFiles(
+            subset, subset.image_dir, scan.images, TextColumn.of(_captions(subset, scan)), scan.sizes, scan.stats,
+            broken=scan.image_problems,
+        )
+        if failed := scan.caption_problems:
+            problems.add(subset.origin, None, f"{len(failed)} caption files cannot be used: "
+                         + first_names([failed[row] for row in sorted(failed)], "\n      "), "mend them")
+        missing = self._wanted(np.flatnonzero(scan.states == CAPTION_NONE), files)
+        if len(missing):
+            others = {name: len(self._wanted(np.array(rows), files)) for name, rows in scan.other_captions.items()}
+            self._note_missing(files, missing, others, problems, warnings)
+        return files
+
+    def _metadata(self, subset: SubsetConfig, problems: Problems, warnings: list[str]) -> SubsetFiles:
+        assert subset.metadata_file is not None
+        entries = read_metadata(subset, problems)
+        root = metadata_root(subset)
+        found = resolve(entries.keys, subset, root, problems)
+        captions = entries.captions.take(found.rows)
+        there = np.ones(len(found.keys), bool)
+        there[list(found.missing)] = False
+        scan = scan_files(_paths(root, found.keys, there), self._keep)
+        sizes, stats = np.zeros((len(there), 2), np.int32), np.zeros((len(there), 2), np.int64)
+        sizes[there], stats[there] = scan.sizes, scan.stats
+        broken = {int(row): scan.problems[place] for place, row in enumerate(np.flatnonzero(there))
+                  if place in scan.problems}
+        if self.options.skip_broken_images:
+            broken |= found.missing
+        elif found.missing:
+            names = [found.keys[row] for row in sorted(found.missing)]
+            problems.add(subset.origin, str(subset.metadata_file), f"{len(names)} of its {len(found.keys)} images are "
+                         f"not on disk (looked for in {root}): {first_names(names)}",
+                         "correct image_dir or the keys, or give --skip_broken_images to train without them")
+        files = SubsetFiles(subset, root, found.keys, captions, sizes, stats, broken=broken)
+        _compare_sizes(files, entries.sizes[found.rows], warnings)
+        self._note_undescribed(files, ~entries.described[found.rows], problems, warnings)
+        if not found.missing or self.options.skip_broken_images:
+            return files
+        places = np.cumsum(there) - 1
+        return replace(files.where(there), broken={int(places[row]): text for row, text in broken.items()})
+
+    def _parquet(self, subset: SubsetConfig, problems: Problems, warnings: list[str]) -> SubsetFiles:
+        table = read_parquet(subset, read_size, self._keep, warnings)
+        files = SubsetFiles(
+            subset, metadata_root(subset), table.keys, table.captions, table.sizes, table.stats, broken=table.broken
+        )
+        self._note_undescribed(files, ~table.described, problems, warnings)
+        return files
+
+    def _wanted(self, rows: NDArray[np.int64], files: SubsetFiles) -> NDArray[np.int64]:
+        """`rows` without those of broken images, where these are left out."""
+        if not self.options.skip_broken_images or not files.broken:
+            return rows
+        return rows[np.isin(rows, list(files.broken), invert=True)]
+
+    def _note_missing(
+        self, files: SubsetFiles, missing: NDArray[np.int64], others: Mapping[str, int], problems: Problems,
+        warnings: list[str],
+    ) -> None:
+        """Images without caption file: an error without a substitute, unless that is allowed; else a warning.
+
+        `others`: how many of them have a caption file of another extension.
+        """
+        subset, allowed = files.subset, self.options.allow_missing_captions
+        extension, count = max(others.items(), key=lambda item: item[1], default=("", 0))
+        names = first_names([files.keys[int(row)] for row in missing[: _SHOWN + 1]], count=len(missing))
+        number = f"{len(missing)} of {len(files)} images"
+        if not allowed and count:
+            problems.add(
+                subset.origin, None,
+                f"{number} in {subset.image_dir} have no {subset.caption_extension} file, but {count} of them have a "
+                f"{extension} file: {names}",
+                f'write caption_extension = "{extension}" (or give --allow_missing_captions to train without these '
+                "files)",
+            )
+        elif not allowed and subset.class_tokens is None:
+            problems.add(
+                subset.origin, None,
+                f"{number} in {subset.image_dir} have no caption (no {subset.caption_extension} file beside them, no "
+                f"class_tokens): {names}",
+                'write captions, or class_tokens = "..." as their caption, or the caption_extension that the files '
+                "have, or give --allow_missing_captions to train them with an empty caption",
+            )
+        elif len(missing) < len(files) or subset.class_tokens is None or count:
+            instead = "an empty caption" if not subset.class_tokens else f"class_tokens ({subset.class_tokens!r})"
+            warnings.append(f"{subset.origin}: {number} have no {subset.caption_extension} file and are trained with "
+                            f"{instead}: {names}")
+
+    def _note_undescribed(
+        self, files: SubsetFiles, undescribed: NDArray[np.bool_], problems: Problems, warnings: list[str]
+    ) -> None:
+        """Entries of a metadata file without caption: an error, or a warning where that is allowed."""
+        rows = self._wanted(np.flatnonzero(undescribed), files)
+        if not len(rows):
+            return
+        subset = files.subset
+        wanted = subset.caption_column or "caption, tags or text"
+        names = first_names([files.keys[int(row)] for row in rows[: _SHOWN + 1]], count=len(rows))
+        rule = f"{len(rows)} of {len(files)} images in {subset.metadata_file} have no caption (no {wanted}): {names}"
+        if self.options.allow_missing_captions:
+            warnings.append(f"{subset.origin}: {rule}; they are trained with an empty caption")
+        else:
+            problems.add(subset.origin, None, rule, 'write one for each ("" for none), or name where it is with '
+                         "caption_column, or give --allow_missing_captions to train them with an empty caption")
 
 
-def _note_missing(
-    files: SubsetFiles, missing: Sequence[str], names: set[str], problems: Problems | None, warnings: list[str]
-) -> None:
-    """Images without caption file: an error without a substitute, unless `problems` is None; else a warning."""
-    subset = files.subset
-    other = Counter(
-        extension
-        for image in missing
-        for extension in TEXT_EXTENSIONS
-        if extension != subset.caption_extension and caption_name(image, extension, names) is not None
+def _place(subset: SubsetConfig) -> tuple[str, ...]:
+    """What the scan of a folder depends on."""
+    return os.path.abspath(subset.image_dir), subset.caption_extension
+
+
+def _nothing(subset: SubsetConfig) -> SubsetFiles:
+    empty = TextColumn.of(())
+    return SubsetFiles(subset, subset.image_dir, empty, empty, np.zeros((0, 2), np.int32), np.zeros((0, 2), np.int64))
+
+
+def _captions(subset: SubsetConfig, scan: FolderScan) -> Iterator[str]:
+    """The caption of each image, as its file has it; `class_tokens` without file."""
+    instead = subset.class_tokens or ""
+    for text, state in zip(scan.texts, scan.states.tolist(), strict=True):
+        if state == CAPTION_READ:
+            yield caption_of(text, subset.enable_wildcard)
+        else:
+            yield instead if state == CAPTION_NONE else ""
+
+
+def _paths(root: Path, keys: TextColumn, chosen: NDArray[np.bool_]) -> TextColumn:
+    folder = str(root)
+    return TextColumn.of(
+        os.path.join(folder, key) for key, wanted in zip(keys, chosen.tolist(), strict=True) if wanted
     )
-    extension, count = other.most_common(1)[0] if other else ("", 0)
-    number = f"{len(missing)} of {len(files.images)} images"
-    if problems is not None and count:
-        problems.add(
-            subset.origin, None,
-            f"{number} in {subset.image_dir} have no {subset.caption_extension} file, but {count} of them have a "
-            f"{extension} file: {first_names(missing)}",
-            f'write caption_extension = "{extension}" (or give --allow_missing_captions to train without these files)',
+
+
+def _compare_sizes(files: SubsetFiles, given: NDArray[np.int32], warnings: list[str]) -> None:
+    """`image_size` of a metadata file against the images' headers, in either orientation."""
+    known = (given.min(axis=1, initial=1) > 0) & (files.sizes[:, 0] > 0)
+    wrong = np.flatnonzero(known & (np.sort(given, axis=1) != np.sort(files.sizes, axis=1)).any(axis=1))
+    if len(wrong):
+        row = int(wrong[0])
+        warnings.append(
+            f"{files.subset.origin}: image_size of {len(wrong)} of {len(files)} images in {files.subset.metadata_file} "
+            f"is not the file's, which is used; the first is {files.keys[row]} ({given[row, 0]}x{given[row, 1]}, the "
+            f"file has {files.sizes[row, 0]}x{files.sizes[row, 1]})"
         )
-    elif problems is not None and subset.class_tokens is None:
-        problems.add(
-            subset.origin, None,
-            f"{number} in {subset.image_dir} have no caption (no {subset.caption_extension} file beside them, no "
-            f"class_tokens): {first_names(missing)}",
-            'write captions, or class_tokens = "..." as their caption, or the caption_extension that the files have, '
-            "or give --allow_missing_captions to train them with an empty caption",
-        )
-    elif len(missing) < len(files.images) or subset.class_tokens is None or count:
-        instead = "an empty caption" if not subset.class_tokens else f"class_tokens ({subset.class_tokens!r})"
-        warnings.append(f"{subset.origin}: {number} have no {subset.caption_extension} file and are trained with "
-                        f"{instead}: {first_names(missing)}")
+
+
+def _with_masks(files: SubsetFiles, problems: Problems, warnings: list[str]) -> SubsetFiles:
+    """`files` with the mask of each image: the picture of the same name in `conditioning_data_dir`, in any format."""
+    subset, folder = files.subset, files.subset.conditioning_data_dir
+    assert folder is not None
+    try:
+        names = list_folder(folder).images
+    except OSError as problem:
+        problems.add(subset.origin, str(folder), f"the folder of masks cannot be read ({problem.strerror})",
+                     "check conditioning_data_dir and its permissions")
+        return files
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stems.setdefault(os.path.splitext(name)[0], []).append(name)
+    found, missing, used, ambiguous = list[str](), list[str](), set[str](), list[str]()
+    for row, key in enumerate(files.keys):
+        image = os.path.basename(key)
+        candidates = stems.get(os.path.splitext(image)[0], [])
+        mask = image if image in candidates else candidates[0] if candidates else ""
+        found.append(mask)
+        used.update(candidates)
+        if row in files.broken:
+            continue
+        if not candidates:
+            missing.append(key)
+        elif len(candidates) > 1 and mask != image:
+            ambiguous.append(f"{key} ({' or '.join(candidates)})")
+    if missing:
+        problems.add(subset.origin, str(folder), f"{len(missing)} of {len(files)} images have no mask there (a file "
+                     f"of the same name in any image format): {first_names(missing)}",
+                     "add the masks, or put images without into a subset of their own")
+    if ambiguous:
+        problems.add(subset.origin, str(folder), f"{len(ambiguous)} images have several masks there: "
+                     + first_names(ambiguous), "leave one for each")
+    if extra := [name for name in names if name not in used]:
+        warnings.append(f"{subset.origin}: {len(extra)} of {len(names)} masks in {folder} belong to no image: "
+                        + first_names(extra))
+    return replace(files, masks=TextColumn.of(found))

@@ -64,11 +64,19 @@ def draw(seed: int, step: int, places: Sequence[int], shape: tuple[int, ...], ti
     """
 
     def normal(purpose: str) -> Tensor:
-        rows = np.empty((len(places), *shape), np.float32)
-        for row, place in zip(rows, places, strict=True):
-            generator = np.random.Generator(np.random.Philox(key=derive(seed, purpose, step, place)))
-            generator.standard_normal(out=row, dtype=np.float32)
-        return torch.from_numpy(rows)
+        return _normal([derive(seed, purpose, step, place) for place in places], shape)
 
     drawn = [derive(seed, "timestep", step, place) % timesteps for place in places]
     return Draws(normal("noise"), normal("latent"), torch.tensor(drawn, dtype=torch.int64))
+
+
+def fixed_latent_noise(seed: int, keys: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+    """[B, *shape], standard normal, float32: the same for an image in all epochs, a function of (seed, its key)."""
+    return _normal([derive(seed, "fixed latent", key) for key in keys], shape)
+
+
+def _normal(streams: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    rows = np.empty((len(streams), *shape), np.float32)
+    for row, key in zip(rows, streams, strict=True):
+        np.random.Generator(np.random.Philox(key=key)).standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(rows)

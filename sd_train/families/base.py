@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,15 @@ class LatentSpec:
         return self.channels, height // self.factor, width // self.factor
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class Family(Protocol):
     """A model of one family, loaded."""
 
@@ -45,6 +55,8 @@ class Family(Protocol):
     """`ss_base_model_version`, e.g. sd_v1."""
     architecture: str
     """`modelspec.architecture`, e.g. stable-diffusion-v1."""
+    latents_suffix: str
+    """End of the names of sd-scripts' latents files, before `.npz`."""
 
     @property
     def latent(self) -> LatentSpec | None:
@@ -61,6 +73,10 @@ class Family(Protocol):
 
     def digest(self) -> str:
         """Hexadecimal digits that tell this base model from others, whatever its file."""
+        ...
+
+    def encoder_digest(self, what: Literal["images", "texts"]) -> str:
+        """What determines the rows of `encode_images` or `encode_texts` beside their input: weights and settings."""
         ...
 
     def lora_targets(self, role: str) -> list[LoraTarget]:

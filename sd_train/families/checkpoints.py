@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -119,7 +119,7 @@ def _split(tensors: Mapping[str, Tensor], source: Path) -> SdParts:
     unet_part, vae_part, text_part = (_under(tensors, prefix) for prefix in (UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX))
     # What trained the autoencoder is sometimes left in the file.
     vae_part = {name: tensor for name, tensor in vae_part.items() if not name.startswith("loss.")}
-    shape = _unet_shape(unet_part)
+    shape = unet_shape_of_names(unet_part)
     unet_config = _unet_config(unet_part, shape)
     levels = 1 + max(int(name.split(".")[2]) for name in vae_part if name.startswith("encoder.down."))
     layers = 1 + max(int(name.split(".")[4]) for name in vae_part if name.startswith("encoder.down.0.block."))
@@ -186,7 +186,8 @@ def _ends(name: str) -> tuple[str, ...]:
     return (".weight",) if "_embedding" in name else (".weight", ".bias")
 
 
-def _unet_shape(unet: Mapping[str, Tensor]) -> UNetShape:
+def unet_shape_of_names(unet: Collection[str]) -> UNetShape:
+    """The names' shape from the tensors' original names."""
     blocks = 1 + max(int(name.split(".")[1]) for name in unet if name.startswith("input_blocks."))
     depth = {block: 0 for block in range(blocks)}
     samplers = [block for block in depth if f"input_blocks.{block}.0.op.weight" in unet]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from sd_train.config.rules import missing_model
 from sd_train.config.textfile import read_text
 from sd_train.diffusion.schedule import NoiseSchedule
 from sd_train.errors import ModelError
-from sd_train.families.base import LatentSpec
+from sd_train.families.base import LatentSpec, digest_of
 from sd_train.families.checkpoints import (
     VOCABULARY,
     SdParts,
@@ -48,6 +47,7 @@ class StableDiffusion1:
     name = "sd1"
     base_version = "sd_v1"
     architecture = "stable-diffusion-v1"
+    latents_suffix = "_sd"
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
 
     def __init__(
@@ -187,11 +187,13 @@ class StableDiffusion1:
 
     def digest(self) -> str:
         """SHA-256 over every weight's name, dtype, shape and bytes: which base model this is, whatever its file."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._joined({}).items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return digest_of(self._joined({}))
+
+    def encoder_digest(self, what: Literal["images", "texts"]) -> str:
+        """What determines the rows of `encode_images` or `encode_texts` beside their input."""
+        if what == "images":
+            return digest_of(self.tensors("vae"))
+        return f"{digest_of(self.tensors('text_encoder'))} clip_skip {self.clip_skip} chunks {self.chunks}"
 
     def _joined(self, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All weights under the original checkpoint's names."""

@@ -35,11 +35,15 @@ class Denoise:
             noise, timesteps = move(batch.noise), move(batch.timesteps)
             latents = family.draw_latents(images, move(batch.latent_noise))
             noisy = family.schedule.add_noise(latents, noise, timesteps)
-            with nullcontext() if self._learns_text else torch.no_grad():
-                texts = family.encode_texts(batch.captions)
+            if batch.texts is not None:
+                texts = {name: move(rows) for name, rows in batch.texts.items()}
+            else:
+                with nullcontext() if self._learns_text else torch.no_grad():
+                    texts = family.encode_texts(batch.captions)
             conditioning = family.condition(texts, images, batch.geometry)
             prediction = family.predict(noisy, timesteps, conditioning)
-        return mean_squared_error(prediction, noise) * move(batch.weight)
+        mask = None if batch.mask is None else move(batch.mask)
+        return mean_squared_error(prediction, noise, mask) * move(batch.weight)
 
     def after_step(self) -> None:
         """Nothing is kept between updates."""

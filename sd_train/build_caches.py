@@ -1,0 +1,92 @@
+"""Fills the caches that a run asks for, before its first update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from tqdm import tqdm
+
+from sd_train.data.cache import DiskCache, FillOptions, MemoryCache
+from sd_train.data.store import RowStore, default_cache_dir
+from sd_train.data.texts import DiskTexts, MemoryTexts, TextFill, all_captions
+from sd_train.diffusion.schedule import fixed_latent_noise
+from sd_train.families.base import Family
+from sd_train.plan import Prepared
+from sd_train.plan_data import caches_latents, caches_texts
+from sd_train.report import say_line
+
+
+def fill_caches(prepared: Prepared, family: Family) -> None:
+    """Encode what is to be encoded once, and let the batches take it from there.
+
+    Raises:
+        UserError: if an image cannot be read, or the disk refuses.
+    """
+    if caches_latents(prepared.config):
+        _fill_latents(prepared, family)
+    if caches_texts(prepared.config):
+        _fill_texts(prepared, family)
+
+
+def _fill_latents(prepared: Prepared, family: Family) -> None:
+    device, config, updates = prepared.device, prepared.config, prepared.updates
+    chosen, indexes = config.dataset, prepared.plan.indexes
+    cache: MemoryCache | DiskCache = MemoryCache()
+    if chosen.cache_latents_to_disk:
+        store = RowStore((chosen.cache_dir or default_cache_dir()) / "latents")
+        cache = DiskCache(store, family.encoder_digest("images"), family.latents_suffix)
+
+    def encode(pixels: Tensor) -> dict[str, Tensor]:
+        with device.autocast():
+            return family.encode_images(device.move(pixels))
+
+    with tqdm(desc="caching latents", unit="image", disable=not device.is_main) as bar:
+        cache.fill(indexes, encode, FillOptions(
+            batch_size=chosen.vae_batch_size,
+            workers=updates.settings.workers,
+            progress=bar.update,
+            rank=device.rank if chosen.cache_latents_to_disk else 0,
+            world=device.world if chosen.cache_latents_to_disk else 1,
+        ))  # fmt: skip
+    if isinstance(cache, DiskCache):
+        # What the other ranks have encoded is needed here too.
+        device.barrier()
+        cache.ready()
+        if device.is_main:
+            for note in cache.notes:
+                say_line(note)
+    updates.cache = cache
+    if not chosen.cache_latents_sample:
+        assert family.latent is not None
+        shape, seed = family.latent.shape, prepared.progress.seed
+
+        def draw_fixed(keys: Sequence[str], width: int, height: int) -> Tensor:
+            return fixed_latent_noise(seed, keys, shape(width, height))
+
+        updates.draw_fixed = draw_fixed
+
+
+def _fill_texts(prepared: Prepared, family: Family) -> None:
+    device, config, updates = prepared.device, prepared.config, prepared.updates
+    chosen = config.dataset
+    captions = all_captions(
+        prepared.plan.indexes, prepared.progress.seed, chosen.cache_caption_variants, prepared.plan.total_steps
+    )
+
+    def encode(texts: Sequence[str]) -> dict[str, Tensor]:
+        with device.autocast():
+            return family.encode_texts(texts)
+
+    with tqdm(desc="caching captions", unit="caption", total=len(captions), disable=not device.is_main) as bar:
+        if not chosen.cache_text_encoder_outputs_to_disk:
+            memory = MemoryTexts()
+            memory.fill(captions, TextFill(encode, bar.update))
+            updates.texts = memory
+            return
+        store = RowStore((chosen.cache_dir or default_cache_dir()) / "texts")
+        disk = DiskTexts(store, f"{family.encoder_digest('texts')} {device.weight_dtype}")
+        disk.fill(captions, TextFill(encode, bar.update, device.rank, device.world))
+    device.barrier()
+    disk.ready()
+    updates.texts = disk

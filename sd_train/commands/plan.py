@@ -1,0 +1,54 @@
+"""`sd-train plan COMMAND ...`: what a training would do, without loading the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from sd_train.errors import ConfigError
+
+USAGE = """usage: sd-train plan COMMAND [--json] [OPTIONS OF THE COMMAND]
+
+Say what `sd-train COMMAND OPTIONS` would do, without loading the model and without training: datasets, images,
+repeats, buckets and what they cut off, batches and updates, saves with their sizes, sample pictures, disk, warnings.
+
+  COMMAND   train_network
+  --json    print everything, image by image, as JSON
+
+For instance: sd-train plan train_network --config_file run.toml"""
+
+TRAINING_COMMANDS = ("train_network",)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan of the command that `argv` names and return 0.
+
+    Raises:
+        UserError: what the training itself would end with before its first update.
+    """
+    words = [word for word in argv if word != "--json"]
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    if words[0] not in TRAINING_COMMANDS:
+        raise ConfigError(
+            f"plan: {words[0]!r} is no training command; write sd-train plan {TRAINING_COMMANDS[0]} and its options"
+        )
+    from sd_train.entry import load_config
+
+    config = load_config(words[0], words[1:])
+    from sd_train.plan import prepare
+    from sd_train.plan_report import describe, describe_outputs, plan_json
+    from sd_train.plan_warnings import plan_warnings
+    from sd_train.report import say_line, warn_line
+
+    prepared = prepare(config)
+    if len(words) < len(argv):
+        print(json.dumps(plan_json(prepared), indent=1, ensure_ascii=False))
+        return 0
+    for warning in plan_warnings(prepared):
+        warn_line(warning)
+    say_line(f"seed: {prepared.progress.seed}")
+    say_line(describe(prepared.plan, config))
+    say_line(describe_outputs(prepared))
+    return 0

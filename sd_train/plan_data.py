@@ -1,0 +1,125 @@
+"""The datasets of a run: read, indexed, ordered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from sd_train.config.options import RunConfig
+from sd_train.data.batches import BatchSettings, Draw, Updates
+from sd_train.data.config import RENAMED_OPTIONS, dataset_fallbacks, load_datasets
+from sd_train.data.index import Indexes, IndexOptions, build_indexes
+from sd_train.data.request import dataset_request
+from sd_train.data.settings import DatasetConfig
+from sd_train.data.store import default_cache_dir
+from sd_train.device import Device
+from sd_train.diffusion.schedule import TIMESTEPS, Draws, draw
+from sd_train.errors import ConfigError
+from sd_train.families.base import LatentSpec
+from sd_train.families.registry import PUBLISHED_LATENT
+
+
+def run_options(config: RunConfig) -> dict[str, object]:
+    """The options that datasets fall back to, by name."""
+    return {**config.dataset.model_dump(), **config.training.model_dump()}
+
+
+def read_datasets(config: RunConfig, seed: int) -> tuple[tuple[DatasetConfig, ...], Indexes]:
+    """The datasets that `config` asks for, and the indexes of their images.
+
+    Raises:
+        UserError: with every problem of the dataset file, or else of images and captions.
+    """
+    chosen = config.dataset
+    datasets = load_datasets(dataset_request(config.command, run_options(config)))
+    options = IndexOptions(
+        allow_missing_captions=chosen.allow_missing_captions,
+        prior_loss_weight=config.training.prior_loss_weight,
+        seed=seed,
+        verify_images=chosen.verify_images,
+        skip_broken_images=chosen.skip_broken_images,
+        cache_dir=chosen.cache_dir or default_cache_dir(),
+        trust_index=chosen.trust_index,
+    )
+    return datasets, build_indexes(datasets, options)
+
+
+def make_updates(config: RunConfig, indexes: Indexes, seed: int, device: Device) -> Updates:
+    """The order of all updates.
+
+    Raises:
+        ConfigError: if an epoch would hold no batch at all.
+    """
+    training = config.training
+    settings = BatchSettings(
+        seed=seed,
+        accumulation=training.gradient_accumulation_steps,
+        workers=min(training.max_data_loader_n_workers, os.cpu_count() or 1),
+        rank=device.rank,
+        world=device.world,
+        last_epoch=None if training.max_train_epochs is None else training.max_train_epochs - 1,
+        caption_variants=config.dataset.cache_caption_variants if caches_texts(config) else None,
+    )
+    # The shape of the published models' latents; the loaded model's own takes its place.
+    drawn = draw_function(seed, PUBLISHED_LATENT, TIMESTEPS)
+    return Updates(indexes.training, settings, drawn)
+
+
+def draw_function(seed: int, latent: LatentSpec, timesteps: int) -> Draw:
+    """Draws noise for latents of `latent`, and timesteps below `timesteps`."""
+
+    def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
+        return draw(seed, step, places, latent.shape(width, height), timesteps)
+
+    return drawn
+
+
+def caches_latents(config: RunConfig) -> bool:
+    """Whether images are encoded once."""
+    return config.dataset.cache_latents or config.dataset.cache_latents_to_disk
+
+
+def caches_texts(config: RunConfig) -> bool:
+    """Whether captions are encoded once."""
+    return config.dataset.cache_text_encoder_outputs or config.dataset.cache_text_encoder_outputs_to_disk
+
+
+def check_caption_cache(config: RunConfig, datasets: Sequence[DatasetConfig]) -> None:
+    """Captions that vary cannot be encoded once, unless a number of variants is asked for.
+
+    Raises:
+        ConfigError: with every subset whose captions vary.
+    """
+    from sd_train.data.captions import needs_variants
+
+    if not caches_texts(config) or config.dataset.cache_caption_variants is not None:
+        return
+    varying = [
+        f"{subset.origin}: {option} makes another caption for every sample, which --cache_text_encoder_outputs cannot "
+        "keep; give --cache_caption_variants 8 (so many versions of each are kept), or switch it off"
+        for dataset in datasets
+        for subset in dataset.subsets
+        if (option := needs_variants(subset)) is not None
+    ]
+    if varying:
+        raise ConfigError(*varying)
+
+
+def unused_fallbacks(config: RunConfig, datasets: Sequence[DatasetConfig]) -> list[str]:
+    """Warnings for options that were given and that every dataset overrides with a value of its own."""
+    own_names = {key: option for option, key in RENAMED_OPTIONS.items()}
+    warnings = []
+    for name, value in dataset_fallbacks(run_options(config)).items():
+        option = own_names.get(name, name)
+        # Bucket limits are rounded where they are used, so a difference says nothing.
+        if config.origins.get(option, "default") == "default" or name in ("min_bucket_reso", "max_bucket_reso"):
+            continue
+        holders: list[object] = list(datasets)
+        if not hasattr(datasets[0], name):
+            holders = [subset for dataset in datasets for subset in dataset.subsets]
+        if all(getattr(holder, name) != value for holder in holders):
+            where = config.origins[option]
+            shown = where if where.startswith("--") else f"{where}: {option}"
+            source = config.dataset.dataset_config or "the dataset"
+            warnings.append(f"{shown} = {value!r}: has no effect: {source} sets its own value everywhere")
+    return warnings

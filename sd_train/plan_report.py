@@ -1,0 +1,306 @@
+"""The plan in words and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sd_train.config.options import RunConfig
+from sd_train.data.captions import sample_caption
+from sd_train.data.images import sample_view
+from sd_train.data.index import ImageIndex
+from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.families.sizes import lora_numbers
+from sd_train.plan import Plan, Prepared
+from sd_train.plan_data import caches_latents, caches_texts
+from sd_train.plan_warnings import plan_warnings
+
+_BYTES = {"float": 4, "fp16": 2, "bf16": 2, None: 4}
+_LATENT_NUMBERS = 8
+"""Mean and log-variance of four channels."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """Files that the run will write at one point."""
+
+    path: Path
+    update: int
+    bytes: int | None
+    """None where the model's headers do not tell."""
+    state: Path | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the run will write."""
+
+    saves: tuple[Save, ...]
+    previews: tuple[int, ...]
+    """Updates after which sample pictures are made; 0 is before the first."""
+    pictures: int
+    disk_bytes: int | None
+    cache_bytes: int
+    """Of latents in the cache folder, if they are kept there."""
+
+
+def describe(plan: Plan, config: RunConfig) -> str:
+    """The plan in words, a line each."""
+    lines = []
+    for number, index in enumerate(plan.indexes):
+        lines += _describe_dataset(number, index)
+    for index in plan.validation:
+        lines.append(f"validation: {len(index)} images of the dataset at {index.dataset.origin}")
+    accumulated = config.training.gradient_accumulation_steps
+    first = "the first epoch" if plan.varies else "an epoch"
+    lines.append(
+        f"{first}: {plan.samples_per_epoch} samples in {plan.batches_per_epoch} batches, "
+        f"{plan.updates_per_epoch} updates (accumulation {accumulated})"
+    )
+    epochs = f"{plan.epochs} epochs begun" if plan.varies else f"{plan.total_steps / plan.updates_per_epoch:.4g} epochs"
+    warmup = f", warm-up over the first {plan.warmup_steps}" if plan.warmup_steps else ""
+    lines.append(f"training: {plan.total_steps} updates, {epochs}{warmup}")
+    rates = ", ".join(f"{role} {rate:g}" for role, rate in plan.rates.items())
+    lines.append(f"learning rates: {rates or 'none above 0, nothing learns: a control run'}")
+    return "\n".join(lines)
+
+
+def _describe_dataset(number: int, index: ImageIndex) -> list[str]:
+    dataset = index.dataset
+    width, height = dataset.resolution
+    samples, reg = float(index.repeats.sum()), float(index.repeats[index.is_reg].sum())
+    kinds = f" ({samples - reg:g} to learn, {reg:g} regularisation)" if reg else ""
+    lines = [
+        f"dataset {number}: {len(index)} images, {samples:g} samples an epoch{kinds}, {width}x{height}, "
+        f"batch {dataset.batch_size}"
+    ]
+    for place, subset in enumerate(dataset.subsets):
+        used = index.subset_of == place
+        source = subset.metadata_file or subset.image_dir
+        kind = ", regularisation" if subset.is_reg else ""
+        lines.append(f"  {source}: {int(used.sum())} images, {float(index.repeats[used].sum()):g} samples{kind}")
+    loss = crop_loss(index)
+    for place, ((bucket_width, bucket_height), count) in enumerate(
+        zip(index.buckets, index.bucket_counts(), strict=True)
+    ):
+        lines.append(
+            f"  bucket {bucket_width}x{bucket_height}: {count:g} samples, {loss[place]:.1%} cut off"
+            + _rest(count, dataset)
+        )
+    return lines
+
+
+def crop_loss(index: ImageIndex) -> list[float]:
+    """For each bucket, the mean share of the resized pictures that lies outside of it."""
+    buckets = np.array(index.buckets, np.float64).prod(axis=1)[index.bucket_of]
+    lost = 1 - buckets / index.resized.astype(np.float64).prod(axis=1)
+    count = np.bincount(index.bucket_of, minlength=len(index.buckets))
+    total = np.bincount(index.bucket_of, weights=lost, minlength=len(index.buckets))
+    return [max(0.0, float(share)) for share in total / np.maximum(count, 1)]
+
+
+def _rest(count: float, dataset: DatasetConfig) -> str:
+    rest = int(count) % dataset.batch_size
+    if not rest or count != int(count):
+        return ""
+    match dataset.bucket_policy:
+        case "fill":
+            return f" ({dataset.batch_size - rest} more to fill the last batch, weighted down)"
+        case "carry":
+            return f" ({rest} go on to the next epoch)"
+        case _:
+            return f" (the last batch of an epoch has {rest})"
+
+
+def outputs(prepared: Prepared) -> Outputs:
+    """What the run will write, from where it stands to its end."""
+    config, plan, names = prepared.config, prepared.plan, prepared.names
+    saving = config.saving
+    rank = config.network.network_dim or 4
+    numbers = lora_numbers(Path(config.model.pretrained_model_name_or_path), rank)
+    weights = None if numbers is None else sum(count for role, count in numbers.items() if role in plan.rates)
+    size = None if weights is None else weights * _BYTES[saving.save_precision]
+    ends = _epoch_ends(prepared)
+    saves = []
+    for update in range(prepared.progress.step + 1, plan.total_steps + 1):
+        stems = [names.at_step(update)] if _due(update, saving.save_every_n_steps) else []
+        epoch = ends.get(update, 0)
+        if _due(epoch, saving.save_every_n_epochs) and epoch and epoch < plan.epochs:
+            stems.append(names.at_epoch(epoch))
+        if update == plan.total_steps:
+            stems.append(names.last)
+        for stem in stems:
+            last = update == plan.total_steps and stem == names.last
+            state = saving.save_state or (last and saving.save_state_on_train_end)
+            saves.append(Save(names.model(stem), update, size, names.state(stem) if state else None))
+    previews = _previews(prepared, ends) if prepared.prompts else []
+    # A state holds the weights and, for most optimizers, two more numbers for each, in float32.
+    states = sum(1 for save in saves if save.state is not None)
+    disk = None if size is None or weights is None else len(saves) * size + states * weights * 12
+    cached = caches_latents(config) and config.dataset.cache_latents_to_disk
+    return Outputs(
+        saves=tuple(saves),
+        previews=tuple(previews),
+        pictures=len(previews) * len(prepared.prompts),
+        disk_bytes=disk,
+        cache_bytes=sum(_latent_bytes(index) for index in plan.indexes) if cached else 0,
+    )
+
+
+def _latent_bytes(index: ImageIndex) -> int:
+    areas = np.array(index.buckets, np.int64).prod(axis=1)[index.bucket_of] // 64
+    flipped = np.array([1 + subset.flip_aug for subset in index.dataset.subsets])[index.subset_of]
+    return int((areas * flipped).sum()) * _LATENT_NUMBERS * 4
+
+
+def _due(number: int, every: int | None) -> bool:
+    return every is not None and number % every == 0
+
+
+def _epoch_ends(prepared: Prepared) -> dict[int, int]:
+    """Update -> epochs that are complete after it."""
+    updates, total = prepared.updates, prepared.plan.total_steps
+    ends: dict[int, int] = {}
+    for epoch in range(1, prepared.plan.epochs + 1):
+        end = updates.updates_before(epoch)
+        if end <= total and updates.updates_in(epoch - 1):
+            ends[end] = epoch
+    return ends
+
+
+def _previews(prepared: Prepared, ends: Mapping[int, int]) -> list[int]:
+    sampling, start = prepared.config.sampling, prepared.progress.step
+    found = [0] if sampling.sample_at_first and start == 0 else []
+    for update in range(start + 1, prepared.plan.total_steps + 1):
+        if sampling.sample_every_n_epochs is not None:
+            if update in ends and _due(ends[update], sampling.sample_every_n_epochs):
+                found.append(update)
+        elif _due(update, sampling.sample_every_n_steps):
+            found.append(update)
+    return found
+
+
+def describe_outputs(prepared: Prepared) -> str:
+    """What will be written, in words."""
+    written = outputs(prepared)
+    lines = [f"saves: {len(written.saves)} files in {prepared.config.saving.output_dir}"]
+    for save in (*written.saves[:6], *written.saves[-1:]) if len(written.saves) > 7 else written.saves:
+        size = "size not known before loading" if save.bytes is None else _size(save.bytes)
+        lines.append(f"  {save.path.name} after update {save.update}, {size}" + (", with state" if save.state else ""))
+    if len(written.saves) > 7:
+        lines.insert(-1, f"  ... {len(written.saves) - 7} more")
+    if prepared.prompts:
+        lines.append(f"sample pictures: {written.pictures}, at {len(written.previews)} points of the training")
+    if written.disk_bytes is not None:
+        lines.append(f"disk: about {_size(written.disk_bytes)} for models and states")
+    if written.cache_bytes:
+        lines.append(f"cache on disk: up to {_size(written.cache_bytes)} for latents")
+    caches = [name for name, on in (("latents", caches_latents(prepared.config)), ("captions", caches_texts(
+        prepared.config))) if on]
+    if caches:
+        lines.append(f"encoded once: {' and '.join(caches)}")
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}"
+
+
+def plan_json(prepared: Prepared) -> dict[str, Any]:
+    """The plan for machines. Sizes are [width, height] in pixels; `crop_top_left` is in the resized image."""
+    config, plan, written = prepared.config, prepared.plan, outputs(prepared)
+    return {
+        "command": config.command,
+        "model": config.model.pretrained_model_name_or_path,
+        "seed": prepared.progress.seed,
+        "start_step": prepared.progress.step,
+        "datasets": [_dataset_json(prepared, number) for number in range(len(plan.indexes))],
+        "validation": [
+            {"origin": index.dataset.origin, "images": [str(index.path(row)) for row in range(len(index))]}
+            for index in plan.validation
+        ],
+        "samples_per_epoch": plan.samples_per_epoch,
+        "batches_per_epoch": plan.batches_per_epoch,
+        "updates_per_epoch": plan.updates_per_epoch,
+        "epochs_vary": plan.varies,
+        "total_updates": plan.total_steps,
+        "epochs": plan.epochs,
+        "warmup_updates": plan.warmup_steps,
+        "learning_rates": plan.rates,
+        "checkpoints": [
+            {
+                "path": str(save.path), "update": save.update, "bytes": save.bytes,
+                "state": None if save.state is None else str(save.state),
+            }
+            for save in written.saves
+        ],
+        "samples": {"after_updates": list(written.previews), "pictures": written.pictures},
+        "disk_bytes": written.disk_bytes,
+        "cache_bytes": written.cache_bytes,
+        "warnings": plan_warnings(prepared),
+    }  # fmt: skip
+
+
+def _options(settings: DatasetConfig | SubsetConfig, without: Sequence[str]) -> dict[str, Any]:
+    values = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in without}
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _dataset_json(prepared: Prepared, number: int) -> dict[str, Any]:
+    index = prepared.plan.indexes[number]
+    batches = prepared.updates.order.batches_by_bucket(number, 0).tolist()
+    loss = crop_loss(index)
+    images = np.bincount(index.bucket_of, minlength=len(index.buckets)).tolist()
+    return {
+        **_options(index.dataset, ("subsets", "warnings")),
+        "subsets": [_options(subset, ()) for subset in index.dataset.subsets],
+        "num_train_images": index.num_train_images,
+        "num_reg_images": index.num_reg_images,
+        "images": [_image_json(prepared, index, row) for row in range(len(index))],
+        "buckets": [
+            {
+                "resolution": list(bucket), "images": images[place], "samples": count, "batches": batches[place],
+                "crop_loss": round(loss[place], 6),
+            }
+            for place, (bucket, count) in enumerate(zip(index.buckets, index.bucket_counts(), strict=True))
+        ],
+    }  # fmt: skip
+
+
+def _image_json(prepared: Prepared, index: ImageIndex, row: int) -> dict[str, Any]:
+    """One image, as its first sample of the first epoch shows it."""
+    seed, plan = prepared.progress.seed, prepared.plan
+    record = index.record(row)
+    view = sample_view(record, seed, 0, 0)
+    variants = prepared.updates.settings.caption_variants
+    repeats = float(index.repeats[row])
+    return {
+        "path": str(record.path),
+        "size": list(record.size),
+        "bucket": list(record.bucket),
+        "resized": list(view.resized),
+        "crop_top_left": [view.crop[1], view.crop[0]],
+        "flipped": view.flip,
+        "repeats": int(repeats) if repeats == int(repeats) else repeats,
+        "is_reg": record.is_reg,
+        "weight": record.weight,
+        "subset": int(index.subset_of[row]),
+        "captions": [sample_caption(record, seed, 0, 0, 0, plan.total_steps, variants)],
+    }

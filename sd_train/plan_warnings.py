@@ -1,0 +1,45 @@
+"""What is allowed and probably not meant."""
+
+from __future__ import annotations
+
+import os
+
+from sd_train.names import step_of
+from sd_train.optim.optimizers import find_optimizer
+from sd_train.plan import Prepared
+from sd_train.plan_data import unused_fallbacks
+
+
+def plan_warnings(prepared: Prepared) -> list[str]:
+    """What is allowed and probably not meant."""
+    config, plan = prepared.config, prepared.plan
+    warnings = [text for dataset in plan.datasets for text in dataset.warnings]
+    warnings += [text for index in plan.indexes for text in index.warnings]
+    warnings += unused_fallbacks(config, plan.datasets)
+    subsets = [subset for dataset in plan.datasets for subset in dataset.subsets]
+    given = {name for name, origin in config.origins.items() if origin != "default"}
+    if "prior_loss_weight" in given and not any(subset.is_reg for subset in subsets):
+        warnings.append("--prior_loss_weight has no effect: no subset has is_reg = true")
+    if config.dataset.masked_loss and not any(subset.masked for subset in subsets):
+        warnings.append("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask")
+    if plan.validation:
+        warnings.append("validation images are left out of the training; a loss on them is not computed yet")
+    for name in ("save_every_n_steps", "sample_every_n_steps"):
+        every = getattr(config.saving if name.startswith("save") else config.sampling, name)
+        if every is not None and every > plan.total_steps:
+            warnings.append(f"--{name} = {every} has no effect: the training has {plan.total_steps} updates")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != config.training.mixed_precision and "mixed_precision" not in given and launched != "no":
+        warnings.append(
+            f"accelerate was told mixed precision {launched}; as in sd-scripts only --mixed_precision counts, "
+            f"which is {config.training.mixed_precision}"
+        )
+    spec = find_optimizer(config.optimizer.optimizer_type)
+    if spec.adapts_rate and plan.rates and max(plan.rates.values()) <= 0.1:
+        warnings.append(f"{spec.name} estimates the rate itself and multiplies it with yours; 1.0 is recommended")
+    if prepared.resume is not None:
+        later = [path.name for path in prepared.names.existing() if step_of(path) > prepared.progress.step]
+        if later:
+            shown = ", ".join(later[:4])
+            warnings.append(f"{shown}: saved at later steps than this run goes on from; it replaces what it gets to")
+    return warnings
