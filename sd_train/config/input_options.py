@@ -113,7 +113,8 @@ class DatasetOptions(Group):
     )
     color_aug: bool = Field(False, description="Change hue or brightness of a third of the samples a little.")
     face_crop_aug_range: FaceRange = Field(
-        None, description="Crop around faces whose place the file name gives; the short side is so many times the face, e.g. 2,4."
+        None,
+        description="Crop around faces whose place the file name gives; the short side is so many times the face: 2,4.",
     )
     resize_interpolation: Literal[
         "lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"

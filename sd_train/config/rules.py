@@ -56,12 +56,12 @@ def _paths(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
         path = values.get(name)
         if path is not None and not os.path.isfile(path):
             problems.add(chosen.where(name), str(path), "there is no such file", "check the path")
-    if values.get("dataset_config") is None and (path := values.get("in_json")) is not None and not os.path.exists(path):
-        problems.add(chosen.where("in_json"), str(path), "there is no such file", "check the path")
-    for name in ("train_data_dir", "reg_data_dir"):
+    folders: dict[str, str] = {"train_data_dir": "folder", "reg_data_dir": "folder", "in_json": "file"}
+    for name, kind in folders.items() if values.get("dataset_config") is None else ():
         path = values.get(name)
-        if values.get("dataset_config") is None and path is not None and not os.path.isdir(path):
-            problems.add(chosen.where(name), str(path), "there is no such folder", "check the path")
+        there = os.path.isdir if kind == "folder" else os.path.exists
+        if path is not None and not there(path):
+            problems.add(chosen.where(name), str(path), f"there is no such {kind}", "check the path")
     resume = values.get("resume")
     if resume not in (None, "latest") and not os.path.exists(resume):
         way_out = "check the path, or write latest for the newest state in output_dir"
@@ -109,8 +109,9 @@ def _dataset(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
             if values[name] is not None:
                 warnings.append(f"{chosen.where(name)} has no effect: dataset_config is given, as in sd-scripts")
     elif values["train_data_dir"] is None and values["in_json"] is None:
-        way_out = "give a dataset file (--dataset_config FILE.toml), or a folder of folders such as 10_sks dog"
-        problems.add("--dataset_config or --train_data_dir", None, "is required", way_out + " (--train_data_dir FOLDER)")
+        way_out = "give a dataset file (--dataset_config FILE.toml), or a folder of folders such as 10_sks dog "
+        way_out += "(--train_data_dir FOLDER)"
+        problems.add("--dataset_config or --train_data_dir", None, "is required", way_out)
     elif values["in_json"] is not None and values["reg_data_dir"] is not None:
         warnings.append(f"{chosen.where('reg_data_dir')} has no effect: with in_json there is no regularisation")
 
