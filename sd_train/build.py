@@ -260,6 +260,8 @@ def _facts(prepared: Prepared, family: Family, optimizer: torch.optim.Optimizer)
     return RunFacts(
         datasets=plan.datasets,
         indexes=plan.indexes,
+        num_validation_images=sum(len(index) for index in plan.validation),
+        world=prepared.device.world,
         batches_per_epoch=plan.batches_per_epoch,
         epochs=plan.epochs,
         total_steps=plan.total_steps,

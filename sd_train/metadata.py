@@ -31,7 +31,6 @@ _NOT_GIVEN = {
     "ss_multires_noise_discount": "0.3",
     "ss_adaptive_noise_scale": "None",
     "ss_zero_terminal_snr": "False",
-    "ss_face_crop_aug_range": "None",
     "ss_min_snr_gamma": "None",
     "ss_scale_weight_norms": "None",
     "ss_ip_noise_gamma": "None",
@@ -44,13 +43,9 @@ _NOT_GIVEN = {
     "ss_huber_c": "0.1",
     "ss_fp8_base": "False",
     "ss_fp8_base_unet": "False",
-    "ss_validation_seed": "None",
-    "ss_validation_split": "0.0",
     "ss_max_validation_steps": "None",
     "ss_validate_every_n_epochs": "None",
     "ss_validate_every_n_steps": "None",
-    "ss_resize_interpolation": "None",
-    "ss_num_validation_images": "0",
     "ss_sd_scripts_commit_hash": "(unknown)",
 }
 _LAST_SECOND = 253370764799
@@ -71,6 +66,9 @@ class RunFacts:
 
     datasets: Sequence[DatasetConfig]
     indexes: Sequence[ImageIndex]
+    num_validation_images: int
+    world: int
+    """Processes."""
     batches_per_epoch: int
     epochs: int
     total_steps: int
@@ -102,6 +100,7 @@ def now() -> float:
 def build_metadata(config: RunConfig, facts: RunFacts, base: Mapping[str, str], progress: Progress) -> dict[str, str]:
     """The file's metadata after `progress.step` updates; `base` holds what `describe_base` said."""
     entries: dict[str, Any] = {**_NOT_GIVEN, **_from_config(config), **_from_facts(facts)}
+    entries |= _from_datasets(facts) if config.dataset.dataset_config is not None else _from_folders(config, facts)
     entries |= {
         "ss_seed": progress.seed,
         "ss_session_id": progress.session_id,
@@ -145,13 +144,17 @@ def _from_config(config: RunConfig) -> dict[str, Any]:
         "ss_mixed_precision": training.mixed_precision,
         "ss_clip_skip": config.model.clip_skip,
         "ss_max_token_length": config.model.max_token_length,
-        "ss_cache_latents": dataset.cache_latents,
+        "ss_cache_latents": dataset.cache_latents or dataset.cache_latents_to_disk,
         "ss_training_comment": network.training_comment,
         "ss_max_grad_norm": optimizer.max_grad_norm,
         "ss_caption_dropout_rate": dataset.caption_dropout_rate,
         "ss_caption_dropout_every_n_epochs": dataset.caption_dropout_every_n_epochs,
         "ss_caption_tag_dropout_rate": dataset.caption_tag_dropout_rate,
         "ss_prior_loss_weight": training.prior_loss_weight,
+        "ss_face_crop_aug_range": dataset.face_crop_aug_range,
+        "ss_resize_interpolation": dataset.resize_interpolation,
+        "ss_validation_seed": dataset.validation_seed,
+        "ss_validation_split": dataset.validation_split,
     }
     if network.network_args:
         entries["ss_network_args"] = json.dumps(dict(network.network_args))
@@ -159,21 +162,35 @@ def _from_config(config: RunConfig) -> dict[str, Any]:
 
 
 def _from_facts(facts: RunFacts) -> dict[str, Any]:
+    return {
+        "ss_num_train_images": sum(index.num_train_images for index in facts.indexes),
+        "ss_num_reg_images": sum(index.num_reg_images for index in facts.indexes),
+        "ss_num_validation_images": facts.num_validation_images,
+        "ss_num_batches_per_epoch": facts.batches_per_epoch,
+        "ss_num_epochs": facts.epochs,
+        "ss_max_train_steps": facts.total_steps,
+        "ss_network_dim": facts.network_dim,
+        "ss_network_alpha": facts.network_alpha,
+        "ss_optimizer": facts.optimizer,
+        "ss_base_model_version": facts.base_version,
+    }
+
+
+def _from_datasets(facts: RunFacts) -> dict[str, Any]:
+    """What sd-scripts writes of datasets that a file describes."""
     frequency: dict[str, dict[str, int]] = {}
-    folders: dict[str, dict[str, int]] = {}
+    folders: dict[str, dict[str, float]] = {}
     datasets = []
     for dataset, index in zip(facts.datasets, facts.indexes, strict=True):
         own = index.tag_frequency()
         for folder, tags in own.items():
             frequency[_unused(folder, frequency)] = tags
-        subsets = [_describe_subset(subset, index.image_count(place)) for place, subset in enumerate(dataset.subsets)]
-        for subset in subsets:
-            if not subset["is_reg"]:
-                name = _unused(subset["image_dir"], folders)
-                folders[name] = {"n_repeats": subset["num_repeats"], "img_count": subset["img_count"]}
+        for place, subset in enumerate(dataset.subsets):
+            if not subset.is_reg:
+                folders[_unused(_source_name(subset), folders)] = _counts(subset, index.image_count(place))
         datasets.append(
             {
-                "is_dreambooth": True,
+                "is_dreambooth": dataset.style == "dreambooth",
                 "batch_size_per_device": dataset.batch_size,
                 "num_train_images": index.num_train_images,
                 "num_reg_images": index.num_reg_images,
@@ -184,23 +201,53 @@ def _from_facts(facts: RunFacts) -> dict[str, Any]:
                 "tag_frequency": own,
                 "bucket_info": _bucket_info(index) if dataset.enable_bucket else None,
                 "resize_interpolation": None,
-                "subsets": subsets,
+                "subsets": [
+                    _describe_subset(subset, index.image_count(place)) for place, subset in enumerate(dataset.subsets)
+                ],
             }
         )
     return {
-        "ss_num_train_images": sum(index.num_train_images for index in facts.indexes),
-        "ss_num_reg_images": sum(index.num_reg_images for index in facts.indexes),
-        "ss_num_batches_per_epoch": facts.batches_per_epoch,
-        "ss_num_epochs": facts.epochs,
-        "ss_max_train_steps": facts.total_steps,
-        "ss_network_dim": facts.network_dim,
-        "ss_network_alpha": facts.network_alpha,
-        "ss_optimizer": facts.optimizer,
-        "ss_base_model_version": facts.base_version,
         "ss_datasets": json.dumps(datasets),
         "ss_tag_frequency": json.dumps(frequency),
         "ss_dataset_dirs": json.dumps(folders),
     }
+
+
+def _from_folders(config: RunConfig, facts: RunFacts) -> dict[str, Any]:
+    """What sd-scripts writes of the one dataset that folders on the command line make."""
+    (dataset,), (index,) = facts.datasets, facts.indexes
+    folders: dict[bool, dict[str, dict[str, float]]] = {False: {}, True: {}}
+    for place, subset in enumerate(dataset.subsets):
+        own = folders[subset.is_reg]
+        own[_unused(_source_name(subset), own)] = _counts(subset, index.image_count(place))
+    chosen, batch_size = config.dataset, config.training.train_batch_size
+    return {
+        "ss_batch_size_per_device": batch_size,
+        "ss_total_batch_size": batch_size * facts.world * config.training.gradient_accumulation_steps,
+        "ss_resolution": dataset.resolution,
+        "ss_color_aug": chosen.color_aug,
+        "ss_flip_aug": chosen.flip_aug,
+        "ss_random_crop": chosen.random_crop,
+        "ss_shuffle_caption": chosen.shuffle_caption,
+        "ss_enable_bucket": dataset.enable_bucket,
+        "ss_bucket_no_upscale": dataset.bucket_no_upscale,
+        "ss_min_bucket_reso": dataset.min_bucket_reso,
+        "ss_max_bucket_reso": dataset.max_bucket_reso,
+        "ss_keep_tokens": chosen.keep_tokens,
+        "ss_dataset_dirs": json.dumps(folders[False]),
+        "ss_reg_dataset_dirs": json.dumps(folders[True]),
+        "ss_tag_frequency": json.dumps(index.tag_frequency()),
+        "ss_bucket_info": json.dumps(_bucket_info(index) if dataset.enable_bucket else None),
+    }
+
+
+def _source_name(subset: SubsetConfig) -> str:
+    """The last part of where a subset comes from: its metadata file, or its folder."""
+    return subset.image_dir.resolve().name if subset.metadata_file is None else subset.metadata_file.name
+
+
+def _counts(subset: SubsetConfig, images: int) -> dict[str, float]:
+    return {"n_repeats": subset.num_repeats, "img_count": images}
 
 
 def _unused(name: str, taken: Mapping[str, object]) -> str:
@@ -212,10 +259,10 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
 
 
 def _describe_subset(subset: SubsetConfig, count: int) -> dict[str, Any]:
-    return {
+    described = {
         "img_count": count,
         "num_repeats": subset.num_repeats,
-        "color_aug": False,
+        "color_aug": subset.color_aug,
         "flip_aug": subset.flip_aug,
         "random_crop": subset.random_crop,
         "shuffle_caption": subset.shuffle_caption,
@@ -225,7 +272,11 @@ def _describe_subset(subset: SubsetConfig, count: int) -> dict[str, Any]:
         "enable_wildcard": subset.enable_wildcard,
         "caption_prefix": subset.caption_prefix,
         "caption_suffix": subset.caption_suffix,
-        "resize_interpolation": None,
+        "resize_interpolation": subset.resize_interpolation,
+    }
+    if subset.metadata_file is not None:
+        return described | {"metadata_file": subset.metadata_file.name}
+    return described | {
         "image_dir": subset.image_dir.resolve().name,
         "class_tokens": subset.class_tokens,
         "is_reg": subset.is_reg,

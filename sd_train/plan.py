@@ -113,8 +113,8 @@ def plan_fingerprint(prepared: Prepared) -> dict[str, object]:
         for column in (index.repeats, index.bucket_of, index.resized, index.subset_of, index.weights):
             digest.update(np.ascontiguousarray(column).data)
         for text in texts:
-            digest.update(np.ascontiguousarray(text.data).data)
-            digest.update(np.ascontiguousarray(text.ends).data)
+            for part in text.encoded():
+                digest.update(b"\0".join(part))
     settings = prepared.updates.settings
     if any(index.dataset.bucket_policy == "carry" for index in prepared.plan.indexes):
         # What is left over is flushed there.

@@ -468,3 +468,20 @@ def test_columns_hold_any_text_and_take_any_rows() -> None:
         *(texts[row] for row in rows[:3]), "", "plain"]
     assert column != TextColumn.of(texts[:-1])
     assert list(TextColumn.of([])) == list(column.take(np.zeros(0, np.int64))) == []
+
+
+def test_views_of_a_column_are_columns() -> None:
+    texts = ["  a cat \n", "", "größer\nzweite", "\ud800 half", "plain", "   "]
+    column = TextColumn.of(texts)
+    views = column.parts_of(lambda text: text.partition("\n")[0].strip())
+    assert views is not None
+    wanted = ["a cat", "", "größer", "\ud800 half", "plain", ""]
+    assert list(views) == [views[row] for row in range(6)] == wanted
+    assert views.data is column.data
+    assert views == TextColumn.of(wanted) == views
+    assert views != column
+    assert list(views.take(np.array([4, 0, 0, 5]))) == ["plain", "a cat", "a cat", ""]
+    assert list(views[1:3]) == ["", "größer"]
+    assert list(TextColumn.join([column, views, TextColumn.of(["x"])])) == [*texts, *wanted, "x"]
+    assert [text.decode("utf-8", "surrogatepass") for part in views.encoded(2) for text in part] == wanted
+    assert column.parts_of(str.upper) is None

@@ -81,6 +81,8 @@ def facts_of(config: RunConfig) -> RunFacts:
     return RunFacts(
         datasets=plan.datasets,
         indexes=plan.indexes,
+        num_validation_images=sum(len(index) for index in plan.validation),
+        world=1,
         batches_per_epoch=plan.batches_per_epoch,
         epochs=plan.epochs,
         total_steps=plan.total_steps,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import overload
 
 import numpy as np
@@ -15,13 +15,17 @@ _CHUNK = 1 << 13
 class TextColumn(Sequence[str]):
     """N texts, immutable. File names that are not UTF-8 (lone surrogates) come back as they went in."""
 
-    __slots__ = ("data", "ends")
+    __slots__ = ("data", "ends", "starts")
 
-    def __init__(self, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+    def __init__(
+        self, data: NDArray[np.uint8], ends: NDArray[np.int64], starts: NDArray[np.int64] | None = None
+    ) -> None:
         self.data = data
-        """All texts, one behind the other."""
+        """All texts, in their order."""
         self.ends = ends
-        """[N]: where each ends in `data`."""
+        """[N]: where each ends in `data`, ascending."""
+        self.starts = starts
+        """[N]: where each starts; None: where the one before it ends. A view of another column has its own."""
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> TextColumn:
@@ -59,7 +63,7 @@ class TextColumn(Sequence[str]):
             row += len(self)
         if not 0 <= row < len(self):
             raise IndexError(f"text {place} of {len(self)}")
-        start = int(self.ends[row - 1]) if row else 0
+        start = int(self.starts[row]) if self.starts is not None else int(self.ends[row - 1]) if row else 0
         return self.data[start : int(self.ends[row])].tobytes().decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
@@ -69,18 +73,38 @@ class TextColumn(Sequence[str]):
 
     def encoded(self, chunk: int = _CHUNK) -> Iterator[list[bytes]]:
         """The texts in UTF-8, at most `chunk` at a time; a million bytes objects would outweigh what they hold."""
-        start = 0
         for row in range(0, len(self), chunk):
-            ends = self.ends[row : row + chunk].tolist()
-            data = self.data[start : ends[-1]].tobytes()
-            bounds = [0, *(end - start for end in ends)]
-            yield [data[left:right] for left, right in pairwise(bounds)]
-            start = ends[-1]
+            starts, ends = self._starts(slice(row, row + chunk)).tolist(), self.ends[row : row + chunk].tolist()
+            first = starts[0]
+            data = self.data[first : ends[-1]].tobytes()
+            yield [data[start - first : end - first] for start, end in zip(starts, ends, strict=True)]
+
+    def parts_of(self, part_of: Callable[[str], str]) -> TextColumn | None:
+        """The column of what `part_of` makes of each text, without a copy; None if that is not always a part of it."""
+        starts, ends, row = np.empty(len(self), np.int64), np.empty(len(self), np.int64), 0
+        for chunk in self.encoded():
+            firsts = self._starts(slice(row, row + len(chunk))).tolist()
+            for first, text in zip(firsts, chunk, strict=True):
+                part = part_of(text.decode("utf-8", "surrogatepass")).encode("utf-8", "surrogatepass")
+                offset = text.find(part)
+                if offset < 0:
+                    return None
+                starts[row] = first + offset
+                ends[row] = first + offset + len(part)
+                row += 1
+        return TextColumn(self.data, ends, starts)
+
+    def _starts(self, rows: slice) -> NDArray[np.int64]:
+        if self.starts is not None:
+            return self.starts[rows]
+        first = rows.start or 0
+        before = np.zeros(1, np.int64) if first == 0 else self.ends[first - 1 : first]
+        return np.concatenate([before, self.ends[rows][:-1]])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
             return NotImplemented
-        if isinstance(other, TextColumn):
+        if isinstance(other, TextColumn) and self.starts is None and other.starts is None:
             return np.array_equal(self.ends, other.ends) and np.array_equal(self.data, other.data)
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
@@ -94,7 +118,7 @@ class TextColumn(Sequence[str]):
         rows = np.asarray(rows, np.int64)
         if len(rows) == len(self) and np.array_equal(rows, np.arange(len(rows))):
             return self
-        starts = np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])[rows] if len(rows) else rows
+        starts = self._starts(slice(0, len(self)))[rows] if len(rows) else rows
         lengths = self.ends[rows] - starts
         ends = np.cumsum(lengths)
         data = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
@@ -115,7 +139,11 @@ class TextColumn(Sequence[str]):
         if not columns:
             return TextColumn.of(())
         offsets = np.cumsum([0, *(len(column.data) for column in columns[:-1])])
+        pairs = list(zip(columns, offsets, strict=True))
+        views = any(column.starts is not None for column in columns)
         return TextColumn(
             np.concatenate([column.data for column in columns]),
-            np.concatenate([column.ends + offset for column, offset in zip(columns, offsets, strict=True)]),
+            np.concatenate([column.ends + offset for column, offset in pairs]),
+            np.concatenate([column._starts(slice(0, len(column))) + offset for column, offset in pairs])
+            if views else None,
         )

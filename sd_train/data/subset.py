@@ -140,7 +140,7 @@ class SubsetReader:
             problems.extend([no_images(subset.origin, subset.image_dir)])
             return _nothing(subset)
         files = SubsetFiles(
-            subset, subset.image_dir, scan.images, TextColumn.of(_captions(subset, scan)), scan.sizes, scan.stats,
+            subset, subset.image_dir, scan.images, _captions(subset, scan), scan.sizes, scan.stats,
             broken=scan.image_problems,
         )
         if failed := scan.caption_problems:
@@ -255,8 +255,17 @@ def _nothing(subset: SubsetConfig) -> SubsetFiles:
     return SubsetFiles(subset, subset.image_dir, empty, empty, np.zeros((0, 2), np.int32), np.zeros((0, 2), np.int64))
 
 
-def _captions(subset: SubsetConfig, scan: FolderScan) -> Iterator[str]:
+def _captions(subset: SubsetConfig, scan: FolderScan) -> TextColumn:
     """The caption of each image, as its file has it; `class_tokens` without file."""
+    if (scan.states == CAPTION_READ).all() or not subset.class_tokens:
+        # Where nothing was read there is no text; else most captions are parts of their texts, which need no copy.
+        views = scan.texts.parts_of(lambda text: caption_of(text, subset.enable_wildcard))
+        if views is not None:
+            return views
+    return TextColumn.of(_each_caption(subset, scan))
+
+
+def _each_caption(subset: SubsetConfig, scan: FolderScan) -> Iterator[str]:
     instead = subset.class_tokens or ""
     for text, state in zip(scan.texts, scan.states.tolist(), strict=True):
         if state == CAPTION_READ:
