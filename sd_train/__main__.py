@@ -13,6 +13,10 @@ from sd_train.errors import ConfigError
 
 COMMANDS = {
     "train_network": ("sd_train.train_network", "train a LoRA"),
+    "sdxl_train_network": ("sd_train.sdxl_train_network", "the same for an SDXL model, as sd-scripts calls it"),
+    "sample": ("sd_train.commands.sample", "draw pictures from a model, with LoRAs and embeddings"),
+    "convert": ("sd_train.commands.convert", "convert a model between single files and diffusers folders"),
+    "lora": ("sd_train.commands.lora", "check, merge, resize, extract and convert LoRA files"),
     "plan": ("sd_train.commands.plan", "say what a training will do, without loading the model"),
     "doctor": ("sd_train.commands.doctor", "look for everything that is wrong or unusual in a dataset"),
     "explain": ("sd_train.commands.explain", "say when an image is shown, with which crop, caption and timestep"),
@@ -25,7 +29,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The commands, a line each."""
-    lines = [f"  {name:16} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:18} {about}" for name, (_, about) in COMMANDS.items()]
     return "usage: sd-train COMMAND [OPTIONS]   (sd-train COMMAND --help tells more)\n\n" + "\n".join(lines)
 
 

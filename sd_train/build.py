@@ -15,8 +15,8 @@ from sd_train.contact_sheet import show_dataset
 from sd_train.device import DTYPES, Updater
 from sd_train.errors import DataError, ModelError, RunError
 from sd_train.families.base import Family
-from sd_train.families.checkpoints import read_tensors
 from sd_train.families.registry import load_family
+from sd_train.families.sources import open_file, read_all
 from sd_train.files import write_text
 from sd_train.guard import Guard
 from sd_train.loop import Training, train
@@ -25,7 +25,7 @@ from sd_train.objectives.denoise import Denoise
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.optim.schedules import make_schedule
 from sd_train.plan import Prepared, plan_fingerprint, prepare
-from sd_train.plan_data import draw_function
+from sd_train.plan_data import draw_function, model_request, text_options
 from sd_train.plan_report import describe
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
@@ -93,8 +93,8 @@ def _silent(text: str) -> None:
 def _load_family(prepared: Prepared) -> tuple[Family, str]:
     """The base model on its device, and the digest of its weights."""
     config, device = prepared.config, prepared.device
-    family = load_family(Path(config.model.pretrained_model_name_or_path))
-    family.configure(config.model.clip_skip, config.model.max_token_length)
+    family = load_family(model_request(config))
+    family.configure(text_options(config))
     digest = family.digest()
     family.to(device.device, device.weight_dtype)
     return family, digest
@@ -117,7 +117,7 @@ def _make_lora(prepared: Prepared, family: Family) -> Lora:
     )
     lora.install(family)
     if network.network_weights is not None and prepared.resume is None:
-        weights = read_tensors(network.network_weights)
+        weights = read_all(open_file(network.network_weights)[0])
         if not any(name.endswith(".lora_down.weight") for name in weights):
             raise ModelError(
                 f"--network_weights = {network.network_weights}: holds no LoRA in kohya's format (names that end in "

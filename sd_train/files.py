@@ -141,22 +141,27 @@ def write_network(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_tensors(path, plain, {**metadata, **hashes})
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write files into a temporary folder beside `path`, then move it there; an old `path` goes last.
+def write_folder(path: Path, fill: Callable[[Path], None], option: str = "--output_dir") -> None:
+    """Let `fill` write files and folders into a temporary folder beside `path`, then move it there.
+
+    An old `path` goes last.
 
     Raises:
-        RunError: if the disk refuses; an old `path` is then still whole.
+        RunError: if the disk refuses; an old `path` is then still whole. It advises another `option`.
     """
-    _make_folder(path.parent)
+    _make_folder(path.parent, option)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
         fill(temporary)
-        for file in temporary.iterdir():
-            _share(file)
-            _sync_file(file)
+        for entry in sorted(temporary.rglob("*"), reverse=True):
+            if entry.is_dir():
+                _sync_folder(entry)
+            else:
+                _share(entry)
+                _sync_file(entry)
         _sync_folder(temporary)
         if path.exists():
             os.replace(path, old)
@@ -166,7 +171,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         if os.path.exists(old) and not os.path.exists(path):
             with contextlib.suppress(OSError):
                 os.replace(old, path)
-        raise RunError(f"{path}: cannot be written ({problem}); free space or choose another --output_dir") from None
+        raise RunError(f"{path}: cannot be written ({problem}); free space or choose another {option}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         # Where the old folder could not be moved back it is the only one.

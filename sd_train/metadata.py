@@ -24,7 +24,6 @@ from sd_train.types import Progress
 # Options of sd-scripts whose part of the trainer does not exist: what it writes when they are not given.
 _NOT_GIVEN = {
     "ss_full_fp16": "False",
-    "ss_v2": "False",
     "ss_lowram": "False",
     "ss_noise_offset": "None",
     "ss_multires_noise_iterations": "None",
@@ -172,6 +171,7 @@ def _from_facts(facts: RunFacts) -> dict[str, Any]:
         "ss_network_dim": facts.network_dim,
         "ss_network_alpha": facts.network_alpha,
         "ss_optimizer": facts.optimizer,
+        "ss_v2": facts.base_version.startswith("sd_v2"),
         "ss_base_model_version": facts.base_version,
     }
 
@@ -299,16 +299,18 @@ def _modelspec(config: RunConfig, facts: RunFacts) -> dict[str, str]:
         date = datetime.fromtimestamp(moment)
     width, height = max((dataset.resolution for dataset in facts.datasets), key=lambda size: size[0] * size[1])
     title = given.metadata_title or config.saving.output_name or f"LoRA@{moment}"
+    sdxl = facts.base_version.startswith("sdxl")
     entries = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{facts.architecture}/lora",
-        "implementation": "diffusers",
+        "implementation": "https://github.com/Stability-AI/generative-models" if sdxl else "diffusers",
         "implementation_version": f"sd_train/{__version__}",
         "title": title,
         "resolution": f"{width}x{height}",
         "date": date.isoformat(timespec="seconds"),
-        "prediction_type": facts.prediction,
-        "encoder_layer": config.model.clip_skip,
+        "prediction_type": "v" if facts.prediction == "v_prediction" else facts.prediction,
+        # SDXL's layers are not chosen by it in sd-scripts, which this entry is written for.
+        "encoder_layer": None if sdxl else config.model.clip_skip,
         "author": given.metadata_author,
         "description": given.metadata_description,
         "license": given.metadata_license,

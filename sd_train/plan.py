@@ -18,12 +18,13 @@ from sd_train.data.index import ImageIndex
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.device import Device, open_device
 from sd_train.errors import ConfigError, DataError, Problem, UserError
+from sd_train.families.parts import ModelKind
 from sd_train.families.registry import check_model
 from sd_train.metadata import now
 from sd_train.names import FileNames
 from sd_train.optim.optimizers import check_arguments, check_optimizer, check_rates
 from sd_train.optim.schedules import check_schedule, make_schedule
-from sd_train.plan_data import check_caption_cache, make_updates, read_datasets
+from sd_train.plan_data import check_caption_cache, make_updates, model_request, read_datasets
 from sd_train.prompts import Prompt, load_prompts
 from sd_train.randomness import derive
 from sd_train.report import warn_line
@@ -67,12 +68,18 @@ def learning_rates(config: RunConfig) -> dict[str, float]:
     if not network.network_train_text_encoder_only:
         rates["unet"] = base if network.unet_lr is None else network.unet_lr
     if not network.network_train_unet_only:
-        rates["text_encoder"] = base if network.text_encoder_lr is None else network.text_encoder_lr
+        # One rate for all text encoders, as sd-scripts' `networks.lora` has.
+        for role in ("text_encoder", "text_encoder_2"):
+            rates[role] = base if network.text_encoder_lr is None else network.text_encoder_lr
     return {role: rate for role, rate in rates.items() if rate > 0}
 
 
 def make_plan(
-    config: RunConfig, datasets: tuple[DatasetConfig, ...], validation: tuple[ImageIndex, ...], updates: Updates
+    config: RunConfig,
+    kind: ModelKind | None,
+    datasets: tuple[DatasetConfig, ...],
+    validation: tuple[ImageIndex, ...],
+    updates: Updates,
 ) -> Plan:
     """Count what the run will do.
 
@@ -99,7 +106,7 @@ def make_plan(
         total_steps=total,
         epochs=updates.epoch_of(total - 1)[0] + 1,
         warmup_steps=schedule.warmup_steps,
-        rates=learning_rates(config),
+        rates={role: rate for role, rate in learning_rates(config).items() if kind is None or role in kind.configs},
     )
 
 
@@ -135,6 +142,8 @@ class Prepared:
     """What is known before the model is loaded."""
 
     config: RunConfig
+    kind: ModelKind | None
+    """Of the base model; None with `--debug_dataset`, which reads none."""
     device: Device
     progress: Progress
     resume: Path | None
@@ -157,7 +166,7 @@ def prepare(config: RunConfig) -> Prepared:
         checks(lambda: check_rates(config.optimizer.optimizer_type, learning_rates(config)))
     checks(lambda: _check_name(config, "lr_scheduler", check_schedule(config.optimizer.lr_scheduler)))
     checks(now)
-    checks(lambda: check_model(Path(config.model.pretrained_model_name_or_path)))
+    kind = None if config.dataset.debug_dataset else checks(lambda: check_model(model_request(config)))
     prompts = checks(lambda: load_prompts(config.sampling.sample_prompts) if config.sampling.sample_prompts else ())
     device = checks(lambda: open_device(config.training.mixed_precision))
     warn = warn_line if device is not None and device.is_main else _silent
@@ -176,10 +185,10 @@ def prepare(config: RunConfig) -> Prepared:
     assert progress is not None
     datasets, indexes = read
     updates = make_updates(config, indexes, progress.seed, device)
-    plan = make_plan(config, datasets, indexes.validation, updates)
+    plan = make_plan(config, kind, datasets, indexes.validation, updates)
     checks(lambda: _refuse_finished(progress, plan, resume))
     checks.raise_any()
-    return Prepared(config, device, progress, resume, names, updates, plan, prompts or ())
+    return Prepared(config, kind, device, progress, resume, names, updates, plan, prompts or ())
 
 
 class Checks:

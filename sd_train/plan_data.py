@@ -15,8 +15,27 @@ from sd_train.data.store import default_cache_dir
 from sd_train.device import Device
 from sd_train.diffusion.schedule import TIMESTEPS, Draws, draw
 from sd_train.errors import ConfigError
-from sd_train.families.base import LatentSpec
+from sd_train.families.parts import ModelRequest
 from sd_train.families.registry import PUBLISHED_LATENT
+from sd_train.families.specs import LatentSpec
+from sd_train.families.text import TextOptions
+
+
+def model_request(config: RunConfig) -> ModelRequest:
+    """Which model the run asks for."""
+    model = config.model
+    return ModelRequest(
+        model.pretrained_model_name_or_path,
+        v2=model.v2,
+        v_parameterization=model.v_parameterization,
+        sdxl=model.sdxl,
+        vae=model.vae,
+    )
+
+
+def text_options(config: RunConfig) -> TextOptions:
+    """How the run encodes captions."""
+    return TextOptions(config.model.clip_skip, config.model.max_token_length, config.model.weighted_captions)
 
 
 def run_options(config: RunConfig) -> dict[str, object]:

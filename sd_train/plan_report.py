@@ -14,9 +14,10 @@ from sd_train.data.captions import sample_caption
 from sd_train.data.images import sample_view
 from sd_train.data.index import ImageIndex
 from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.families.parts import read_model
 from sd_train.families.sizes import lora_numbers
 from sd_train.plan import Plan, Prepared
-from sd_train.plan_data import caches_latents, caches_texts
+from sd_train.plan_data import caches_latents, caches_texts, model_request
 from sd_train.plan_warnings import plan_warnings
 
 _BYTES = {"float": 4, "fp16": 2, "bf16": 2, None: 4}
@@ -121,9 +122,9 @@ def outputs(prepared: Prepared) -> Outputs:
     config, plan, names = prepared.config, prepared.plan, prepared.names
     saving = config.saving
     rank = config.network.network_dim or 4
-    numbers = lora_numbers(Path(config.model.pretrained_model_name_or_path), rank)
-    weights = None if numbers is None else sum(count for role, count in numbers.items() if role in plan.rates)
-    size = None if weights is None else weights * _BYTES[saving.save_precision]
+    numbers = lora_numbers(read_model(model_request(config)), rank)
+    weights = sum(count for role, count in numbers.items() if role in plan.rates)
+    size = weights * _BYTES[saving.save_precision]
     ends = _epoch_ends(prepared)
     saves = []
     for update in range(prepared.progress.step + 1, plan.total_steps + 1):

@@ -5,30 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch import Tensor, nn
-
-from sd_train.errors import RunError
+from sd_train.drawing import Picture, draw_pixels, parameters_text, save_picture, to_picture
 from sd_train.families.base import Family
-from sd_train.files import write_whole
 from sd_train.prompts import Prompt
 from sd_train.randomness import derive
 from sd_train.report import Report
-from sd_train.samplers import LABELS, canonical_sampler, make_sampler
+from sd_train.samplers import canonical_sampler
 from sd_train.types import Progress
 
 logger = logging.getLogger(__name__)
-
-Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Weights(Protocol):
@@ -113,70 +104,21 @@ class Preview:
         suffix = "" if prompt.seed is None else f"_{prompt.seed}"
         moment = time.strftime("%Y%m%d%H%M%S")
         path = Path(self.output_dir) / "sample" / f"{name}{mark}_{index:02d}_{moment}{suffix}.png"
-        about = PngInfo()
-        about.add_text("parameters", self._parameters(prompt, seed, progress))
-        write_whole(path, lambda file: Image.fromarray(picture).save(file, format="PNG", pnginfo=about))
+        save_picture(path, picture, self._parameters(prompt, seed, progress))
         self.report.image(f"sample_{index}", picture, progress.step)
 
     def draw(self, prompt: Prompt, seed: int) -> Picture:
         """The picture of `prompt`, [height, width, 3]; call it inside `weights.for_inference()`.
 
-        The starting noise is drawn on the CPU, so that every device gives the same picture but for rounding.
-
         Raises:
             RunError: if the model gives values that are not finite.
         """
-        sampler = make_sampler(prompt.sampler or self.sampler, self.family.prediction, prompt.steps)
-        pipeline: Any = self.family.pipeline(sampler)
-        pipeline.set_progress_bar_config(disable=True)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        assert self.family.latent is not None
-        noise = torch.randn(1, *self.family.latent.shape(prompt.width, prompt.height), generator=generator)
-        with torch.no_grad(), _evaluating(self.family.networks.values()):
-            with self.autocast():
-                latents: Tensor = pipeline(
-                    **self.family.prompt_arguments(prompt.text, prompt.negative),
-                    latents=noise,
-                    generator=generator,
-                    width=prompt.width,
-                    height=prompt.height,
-                    num_inference_steps=prompt.steps,
-                    guidance_scale=prompt.scale,
-                    output_type="latent",
-                ).images
-            # The pipeline itself would not see to an autoencoder that is kept in another precision.
-            pixels = self.family.decode_latents(latents)
-        if not torch.isfinite(pixels).all():
-            raise RunError("the picture holds values that are not finite; try --no_half_vae or a lower learning rate")
-        levels = (pixels[0].float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-        picture: Picture = levels.permute(1, 2, 0).cpu().numpy()
-        return picture
+        return to_picture(draw_pixels(self.family, prompt, self.sampler, seed, self.autocast))
 
     def _parameters(self, prompt: Prompt, seed: int, progress: Progress) -> str:
         """How the picture came about, as A1111's web UI writes it into its own."""
-        settings: dict[str, object] = {
-            "Steps": prompt.steps,
-            "Sampler": LABELS[canonical_sampler(prompt.sampler or self.sampler)],
-            "CFG scale": f"{prompt.scale:g}",
-            "Seed": seed,
-            "Size": f"{prompt.width}x{prompt.height}",
-            "Training step": progress.step,
-            "Training epoch": progress.epoch,
-        }
-        if self.output_name is not None:
-            settings["Output name"] = json.dumps(self.output_name, ensure_ascii=False)
-        negative = f"Negative prompt: {prompt.negative}\n" if prompt.negative else ""
-        return f"{prompt.text}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in settings.items())
-
-
-@contextmanager
-def _evaluating(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Every module of `networks` in evaluation mode, and afterwards each in its own mode again."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        moment = {"Training step": progress.step, "Training epoch": progress.epoch}
+        text = parameters_text(prompt, self.sampler, seed, moment)
+        if self.output_name is None:
+            return text
+        return f"{text}, Output name: {json.dumps(self.output_name, ensure_ascii=False)}"

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,12 @@ class Prompt:
     """Where the prompt stands in its file, from 1; None in JSON."""
 
 
-def load_prompts(path: Path) -> tuple[Prompt, ...]:
-    """The prompts of `path`, in order.
+SD_SCRIPTS_DEFAULTS = Prompt("")
+"""What a picture is where its prompt does not say."""
+
+
+def load_prompts(path: Path, defaults: Prompt = SD_SCRIPTS_DEFAULTS) -> tuple[Prompt, ...]:
+    """The prompts of `path`, in order; `defaults` hold where a prompt says nothing.
 
     `.txt`: one for each line, options behind it (`a cat --n blurry --w 512 --s 20`); blank lines and lines with `#` in
     the first column are left out. `.toml`: `[prompt]` with shared keys and `[[prompt.subset]]`. `.json`: a list of
@@ -108,11 +112,11 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
     problems = Problems()
     kind = path.suffix.lower()
     if kind == ".txt":
-        prompts = _from_text(path, problems)
+        prompts = _from_text(path, problems, defaults)
     elif kind == ".toml":
-        prompts = _from_toml(path, problems)
+        prompts = _from_toml(path, problems, defaults)
     elif kind == ".json":
-        prompts = _from_json(path, problems)
+        prompts = _from_json(path, problems, defaults)
     else:
         way_out = "save the prompts as .txt (one for each line), .toml or .json"
         raise ConfigError(f"{path}: a prompt file ends in .txt, .toml or .json, not {kind or 'nothing'}; {way_out}")
@@ -122,7 +126,9 @@ def load_prompts(path: Path) -> tuple[Prompt, ...]:
     return tuple(prompt for prompt in prompts if prompt is not None)
 
 
-def parse_line(line: str, where: str, problems: Problems, number: int | None = None) -> Prompt | None:
+def parse_line(
+    line: str, where: str, problems: Problems, number: int | None = None, defaults: Prompt = SD_SCRIPTS_DEFAULTS
+) -> Prompt | None:
     """One line of a prompt file; None if something is wrong with it, which is then in `problems` at `where`.
 
     The line is split at " --"; of a repeated option the last counts, as in sd-scripts.
@@ -149,7 +155,17 @@ def parse_line(line: str, where: str, problems: Problems, number: int | None = N
         else:
             found.extend(_check(key, values[key], place))
     problems.extend(found)
-    return None if found else _prompt(values, number)
+    return None if found else _prompt(values, number, defaults)
+
+
+def read_defaults(values: Mapping[str, Any], where: Callable[[str], str], problems: Problems) -> Prompt:
+    """What holds where a prompt says nothing: `values`, keyed as in TOML, before sd-scripts' defaults.
+
+    `where` names the place of a key for the problems.
+    """
+    found = _check_table(values, where)
+    problems.extend(found)
+    return SD_SCRIPTS_DEFAULTS if found else _prompt({"prompt": "", **values}, None, SD_SCRIPTS_DEFAULTS)
 
 
 def _halves(piece: str) -> tuple[str, str]:
@@ -211,18 +227,19 @@ def _check(key: str, value: Any, where: str) -> list[Problem]:
     return found.found
 
 
-def _prompt(values: Mapping[str, Any], line: int | None) -> Prompt:
-    """Checked values, keyed as in TOML and JSON, with sd-scripts' defaults, rounding and bounds."""
-    seed = values.get("seed", -1)
-    sampler = values.get("sample_sampler")
-    return Prompt(
+def _prompt(values: Mapping[str, Any], line: int | None, defaults: Prompt) -> Prompt:
+    """Checked values, keyed as in TOML and JSON, with sd-scripts' rounding and bounds."""
+    seed = values.get("seed", defaults.seed)
+    sampler = values.get("sample_sampler", defaults.sampler)
+    return replace(
+        defaults,
         text=values["prompt"].strip(),
-        negative=values.get("negative_prompt", "").strip(),
-        width=_size(values.get("width", Prompt.width)),
-        height=_size(values.get("height", Prompt.height)),
+        negative=values.get("negative_prompt", defaults.negative).strip(),
+        width=_size(values["width"]) if "width" in values else defaults.width,
+        height=_size(values["height"]) if "height" in values else defaults.height,
         seed=None if seed == -1 else seed,
-        steps=min(max(values.get("sample_steps", Prompt.steps), 1), MAXIMUM_STEPS),
-        scale=float(values.get("scale", Prompt.scale)),
+        steps=min(max(values.get("sample_steps", defaults.steps), 1), MAXIMUM_STEPS),
+        scale=float(values.get("scale", defaults.scale)),
         sampler=None if sampler is None else sampler.lower(),
         line=line,
     )
@@ -232,9 +249,9 @@ def _size(pixels: int) -> int:
     return max(MINIMUM_SIZE, pixels - pixels % SIZE_STEP)
 
 
-def _from_text(path: Path, problems: Problems) -> list[Prompt | None]:
+def _from_text(path: Path, problems: Problems, defaults: Prompt) -> list[Prompt | None]:
     return [
-        parse_line(line, f"{path}:{number}", problems, number)
+        parse_line(line, f"{path}:{number}", problems, number, defaults)
         for number, line in enumerate(read_text(path).split("\n"), start=1)
         if line.strip() and not line.startswith("#")
     ]
@@ -255,7 +272,7 @@ def _no_prompt(where: str) -> Problem:
     return Problem(where, None, "has no `prompt`", "add the text of the picture under that key")
 
 
-def _from_toml(path: Path, problems: Problems) -> list[Prompt | None]:
+def _from_toml(path: Path, problems: Problems, defaults: Prompt) -> list[Prompt | None]:
     file = read_toml(path)
     for key in file.data.keys() - {"prompt"}:
         problems.add(file.where(key), None, "unknown", "put shared keys under [prompt], prompts in [[prompt.subset]]")
@@ -275,11 +292,12 @@ def _from_toml(path: Path, problems: Problems) -> list[Prompt | None]:
         if "prompt" not in common and "prompt" not in subset:
             found.append(_no_prompt(file.where(*table)))
         problems.extend(found)
-        prompts.append(None if wrong or found else _prompt({**common, **subset}, file.line(*table)))
+        values = {**common, **subset}
+        prompts.append(None if wrong or found else _prompt(values, file.line(*table), defaults))
     return prompts
 
 
-def _from_json(path: Path, problems: Problems) -> list[Prompt | None]:
+def _from_json(path: Path, problems: Problems, defaults: Prompt) -> list[Prompt | None]:
     items = read_json(path, "write a list of objects or lines")
     if not isinstance(items, list):
         problems.add(str(path), None, "must hold a list", 'write [{"prompt": "a cat"}, "a dog --w 512"]')
@@ -288,13 +306,13 @@ def _from_json(path: Path, problems: Problems) -> list[Prompt | None]:
     for number, item in enumerate(items):
         place = f"{path}: [{number}]"
         if isinstance(item, str):
-            prompts.append(parse_line(item, place, problems))
+            prompts.append(parse_line(item, place, problems, None, defaults))
         elif isinstance(item, dict):
             found = _check_table(item, f"{place}.{{}}".format)
             if "prompt" not in item:
                 found.append(_no_prompt(place))
             problems.extend(found)
-            prompts.append(None if found else _prompt(item, None))
+            prompts.append(None if found else _prompt(item, None, defaults))
         else:
             problems.add(place, item, "must be an object or a line", 'write {"prompt": "a cat"} or "a cat --w 512"')
     return prompts

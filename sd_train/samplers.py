@@ -81,6 +81,23 @@ _CLASSES: dict[str, Any] = {
 }
 
 
+_RESCALING = ("euler", "euler_a", "dpmsolver", "dpmsolver++")
+"""Those whose diffusers class rescales the schedule itself, with the smallest signal below."""
+_SMALLEST_SIGNAL = 2**-24
+
+
+def _rescaled_betas() -> list[float]:
+    """Betas whose last timestep is pure noise but for `_SMALLEST_SIGNAL`, [1000] (Lin et al. 2023, algorithm 1).
+
+    Without the rest, sigma would be infinite, and the first step of a noise prediction a division by zero.
+    """
+    roots = np.sqrt(np.cumprod(1 - np.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_TIMESTEPS) ** 2))
+    cumulative = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    cumulative[-1] = _SMALLEST_SIGNAL
+    betas: list[float] = (1 - cumulative / np.concatenate(([1.0], cumulative[:-1]))).tolist()
+    return betas
+
+
 def canonical_sampler(name: str) -> str:
     """`k_euler` -> `euler`, in lower case.
 
@@ -94,9 +111,15 @@ def canonical_sampler(name: str) -> str:
 
 
 def make_sampler(
-    name: str, prediction_type: Literal["epsilon", "v_prediction", "sample"], steps: int = 30
+    name: str,
+    prediction_type: Literal["epsilon", "v_prediction", "sample"],
+    steps: int = 30,
+    zero_terminal_snr: bool = False,
 ) -> SchedulerMixin:
     """A new scheduler for one picture of `steps` (1 to 1000) steps.
+
+    Args:
+        zero_terminal_snr: the model was trained on the schedule that ends in pure noise (Lin et al. 2023).
 
     Raises:
         ConfigError: if there is no sampler `name`.
@@ -113,7 +136,7 @@ def make_sampler(
         # Only "leading" timesteps are moved by it; StableDiffusionPipeline warns of a scheduler that says otherwise.
         settings |= {"steps_offset": 1}
     if name in ("ddim", "pndm"):
-        settings |= {"set_alpha_to_one": False, "timestep_spacing": _spacing(steps)}
+        settings |= {"set_alpha_to_one": False, "timestep_spacing": _spacing(steps, zero_terminal_snr)}
         settings |= {"clip_sample": False} if name == "ddim" else {"skip_prk_steps": True}
     elif name == "dpmsingle":
         settings |= {"lower_order_final": True}
@@ -123,6 +146,12 @@ def make_sampler(
         settings |= {"timestep_spacing": "linspace" if steps < TRAIN_TIMESTEPS else "trailing"}
         # A solver of the noise prediction cannot step to sigma zero.
         settings |= {"final_sigmas_type": "zero" if name == "dpmsolver++" else "sigma_min"}
+    elif steps == 1:
+        # A single one of the timesteps that are spaced evenly over 0 to 999 is 0, where there is no noise.
+        settings |= {"timestep_spacing": "trailing"}
+    if zero_terminal_snr:
+        rescales = name in _RESCALING or (name == "ddim" and prediction_type == "v_prediction")
+        settings |= {"rescale_betas_zero_snr": True} if rescales else {"trained_betas": _rescaled_betas()}
     with warnings.catch_warnings():
         # diffusers advises against the algorithm "dpmsolver", which the user has chosen by name.
         warnings.simplefilter("ignore", FutureWarning)
@@ -137,12 +166,15 @@ def make_sampler(
     return made
 
 
-def _spacing(steps: int) -> Literal["leading", "trailing"]:
+def _spacing(steps: int, whole: bool) -> Literal["leading", "trailing", "linspace"]:
     """Timesteps of DDIM and PNDM: "leading", as published, unless that would begin far from pure noise or past the end.
 
     1000 // steps is rounded down, so that a single step would stand at timestep 1 and 600 steps would begin at 600.
+    `whole`: they must begin at the last timestep, because the schedule ends in pure noise there.
     """
     first = (steps - 1) * (TRAIN_TIMESTEPS // steps) + 1
     trailing = np.round(np.arange(TRAIN_TIMESTEPS, 0, -TRAIN_TIMESTEPS / steps)) - 1
     # Floating point gives "trailing" one timestep too many, -1, for a few numbers such as 201.
-    return "leading" if 900 <= first < TRAIN_TIMESTEPS or trailing[-1] < 0 else "trailing"
+    if trailing[-1] < 0:
+        return "linspace" if whole else "leading"
+    return "leading" if 900 <= first < TRAIN_TIMESTEPS and not whole else "trailing"

@@ -28,7 +28,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights as a diffusers folder in float32, written by diffusers."""
+    """The same weights as a diffusers folder in float32."""
     from tests.models import write_folder
 
     return write_folder(tmp_path_factory.mktemp("folder"))

@@ -18,11 +18,11 @@ from sd_train.data.config import DatasetRequest, load_datasets
 from sd_train.data.images import prepare, sample_view, view_geometry
 from sd_train.data.index import ImageIndex, IndexOptions, build_indexes
 from sd_train.device import Device
-from sd_train.families.sd import load_sd1
 from sd_train.objectives.denoise import Denoise
 from sd_train.train_network import main
 from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.types import Batch
+from tests.models import load
 
 PHOTOS = Path(sd_train.demo.__file__).parent / "photos"
 SOURCES = Path(sd_train.demo.__file__).parent.parent.parent
@@ -131,7 +131,7 @@ def read_index(path: Path, batch_size: int = 1) -> ImageIndex:
 
 def fixed_noise_loss(model: Path, dataset: Path, lora: Path | None) -> float:
     """Mean denoising loss over all photographs and five timesteps, always with the same noise."""
-    family = load_sd1(model)
+    family = load(model)
     weights = {} if lora is None else load_file(lora)
     rates = {"unet": 1.0, "text_encoder": 1.0} if weights else {}
     rates = {role: rate for role, rate in rates.items() if any(_role(name) == role for name in weights)}

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 
 from sd_train.diffusion.losses import mean_squared_error
 from sd_train.diffusion.schedule import Draws, NoiseSchedule, draw
-from sd_train.families.checkpoints import published_config
+from sd_train.families.published import published_config
 from sd_train.randomness import derive
 
 SHAPE = (4, 8, 6)
@@ -114,3 +114,22 @@ def test_the_loss_has_one_value_for_each_sample() -> None:
         expected = torch.nn.functional.mse_loss(first[row], second[row])
         torch.testing.assert_close(losses[row], expected)
     assert mean_squared_error(first.half(), second.half()).dtype == torch.float32
+
+
+def test_velocity_equals_diffusers() -> None:
+    theirs = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(1000, 4, 3, 2, generator=generator), torch.randn(1000, 4, 3, 2, generator=generator)
+    timesteps = torch.arange(1000)
+    ours = NoiseSchedule.scaled_linear().velocity(x0, noise, timesteps)
+    torch.testing.assert_close(ours, theirs.get_velocity(x0, noise, timesteps), atol=1e-6, rtol=0)
+
+
+def test_zero_terminal_snr_keeps_the_beginning_and_ends_in_pure_noise() -> None:
+    plain = NoiseSchedule.scaled_linear()
+    rescaled = plain.zero_terminal_snr()
+    assert rescaled.steps == 1000
+    assert rescaled.alphas_cumprod[-1] == 0
+    assert rescaled.alphas_cumprod[0].item() == pytest.approx(plain.alphas_cumprod[0].item(), rel=1e-6)
+    assert bool((rescaled.alphas_cumprod.diff() < 0).all())
+    assert bool((rescaled.alphas_cumprod[1:] < plain.alphas_cumprod[1:]).all())

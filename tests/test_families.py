@@ -1,456 +1,263 @@
-"""Stable Diffusion 1.x: what is loaded, refused, encoded and predicted, against diffusers' own parts."""
+"""Loading every family from every kind of file, digests, precision, and models that cannot be trained."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from diffusers import StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sd_train.__main__ import main
+from sd_train.demo.tiny_model import TinyKind, make_tiny_parts, tiny_configs
 from sd_train.errors import ModelError
-from sd_train.families.checkpoints import (
-    SdParts,
-    join_checkpoint,
-    published_config,
-    read_tensors,
-    split_checkpoint,
-    unet_shape_of,
+from sd_train.families.latent import LatentDiffusion
+from sd_train.families.parts import ModelRequest
+from sd_train.families.registry import check_model, load_family, make_family
+from sd_train.families.sizes import lora_numbers
+from sd_train.families.sources import read_all
+from tests.models import (
+    ALL_KINDS,
+    SEED,
+    all_tensors,
+    assert_equal_tensors,
+    fresh_tiny,
+    load,
+    original_tensors,
+    tiny_parts,
+    write_ckpt,
+    write_folder,
 )
-from sd_train.families.sd import StableDiffusion1, load_sd1
-from sd_train.types import Geometry
-from tests.models import all_tensors, assert_equal_tensors, original_tensors, write_ckpt
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT = "cond_stage_model.transformer."
-LONG = ", ".join(f"a photo of {thing} number {n}" for n in range(6) for thing in ("a cat", "a rocket", "two cups"))
-HUGE = " ".join(f"word{n}" for n in range(150))
+PIPELINES: dict[TinyKind, Any] = {"sdxl": StableDiffusionXLPipeline, "refiner": StableDiffusionXLImg2ImgPipeline}
 
 
-@pytest.fixture(scope="module")
-def full_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model as one file in float32."""
-    path = tmp_path_factory.mktemp("full") / "full.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in original_tensors().items()}, path)
-    return path
+@pytest.fixture(scope="module", params=ALL_KINDS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyKind, Path, Path]:
+    """A kind of tiny model, its folder and its file in float32."""
+    folder = tmp_path_factory.mktemp("saved")
+    original_tensors(folder, request.param)
+    return request.param, write_folder(folder, request.param), folder / f"original_{request.param}.safetensors"
 
 
-@pytest.fixture(scope="module")
-def family(full_file: Path) -> StableDiffusion1:
-    return load_sd1(full_file)
+def test_folder_file_and_ckpt_hold_equal_weights(saved: tuple[TinyKind, Path, Path], tmp_path: Path) -> None:
+    kind, folder, file = saved
+    made = fresh_tiny(kind)
+    expected = all_tensors(made)
+    ckpt = write_ckpt(tmp_path / "model.ckpt", original_tensors(tmp_path, kind), zipped=kind != "sd1")
+    more = {"v_parameterization": False} if kind == "sd2" else {}
+    for path in (folder, file, ckpt):
+        loaded = load(path, **(more if path == ckpt else {}))
+        assert_equal_tensors(all_tensors(loaded), expected)
+        assert loaded.digest() == made.digest()
+        assert (loaded.name, loaded.prediction, loaded.latent) == (made.name, made.prediction, made.latent)
+        assert list(loaded.networks) == list(made.networks)
+        for network in (*loaded.networks.values(), loaded.vae):
+            assert not network.training
+            assert not any(parameter.requires_grad for parameter in network.parameters())
+            assert not any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers()))
 
 
-@pytest.fixture(scope="module")
-def diffusers_pipeline(tiny_folder: Path) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, local_files_only=True, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
-    if not hasattr(pipeline.text_encoder, "text_model"):
-        # diffusers' clip_skip reads the level that transformers 5.6 dropped.
-        pipeline.text_encoder.__dict__["text_model"] = pipeline.text_encoder
-    return pipeline
+def test_diffusers_reads_our_folder(saved: tuple[TinyKind, Path, Path]) -> None:
+    kind, folder, _ = saved
+    theirs: Any = PIPELINES.get(kind, StableDiffusionPipeline).from_pretrained(folder, local_files_only=True)
+    made = fresh_tiny(kind)
+    for role in (*made.networks, "vae"):
+        ours = {name.removeprefix("text_model."): tensor for name, tensor in made.tensors(role).items()}
+        found = {name.removeprefix("text_model."): each for name, each in getattr(theirs, role).state_dict().items()}
+        assert_equal_tensors({name: each for name, each in found.items() if "position_ids" not in name}, ours)
+    assert theirs.scheduler.config.prediction_type == made.prediction
 
 
-@pytest.fixture
-def configured(family: StableDiffusion1) -> Iterator[StableDiffusion1]:
-    yield family
-    family.configure(None, None)
+def test_the_numbers_of_a_lora_are_known_from_headers(saved: tuple[TinyKind, Path, Path]) -> None:
+    from sd_train.families.parts import read_model
+    from sd_train.trainables.lora import Lora, LoraSettings
+
+    kind, folder, file = saved
+    family = fresh_tiny(kind)
+    lora = Lora(LoraSettings(3, 1.0, 0.0, dict.fromkeys(family.networks, 1.0), 0))
+    lora.install(family)
+    expected = {
+        role: sum(module.down.numel() + module.up.numel() + 1 for module in modules.values())
+        for role, modules in lora.modules.items()
+    }
+    for path in (folder, file):
+        assert lora_numbers(read_model(ModelRequest(str(path))), 3) == expected
 
 
-# Loading
-
-
-def test_folder_file_and_ckpt_hold_equal_weights(tiny_folder: Path, full_file: Path, tmp_path: Path) -> None:
-    from_folder, from_file = load_sd1(tiny_folder), load_sd1(full_file)
-    ckpt = write_ckpt(tmp_path / "model.ckpt", load_file(full_file))
-    before_zip = write_ckpt(tmp_path / "old.ckpt", load_file(full_file), zipped=False)
-    flat = tmp_path / "flat.pt"
-    torch.save(load_file(full_file), flat)
-    expected = all_tensors(from_folder)
-    assert_equal_tensors(expected, all_tensors(from_file))
-    for path in (ckpt, before_zip, flat):
-        assert_equal_tensors(expected, all_tensors(load_sd1(path)))
-    assert from_folder.digest() == from_file.digest()
-    assert from_folder.latent == from_file.latent
-    for network in (from_file.unet, from_file.vae, from_file.text_encoder):
-        assert not network.training
-        assert not any(parameter.requires_grad for parameter in network.parameters())
-
-
-def test_a_half_precision_file_loads_as_its_rounded_float32(tiny_model: Path, full_file: Path) -> None:
-    loaded = all_tensors(load_sd1(tiny_model))
-    expected = {name: tensor.half().float() for name, tensor in all_tensors(load_sd1(full_file)).items()}
-    assert_equal_tensors(loaded, expected)
-
-
-def test_digest_changes_with_one_weight(full_file: Path, family: StableDiffusion1) -> None:
-    other = load_sd1(full_file)
-    assert other.digest() == family.digest()
+def test_saved_parts_are_the_live_weights(tmp_path: Path) -> None:
+    family = fresh_tiny("sdxl")
     with torch.no_grad():
-        other.text_encoder.get_parameter(next(name for name, _ in other.text_encoder.named_parameters()))[3, 5] += 1e-3
-    assert other.digest() != family.digest()
+        family.unet.conv_in.bias.fill_(0.25)
+        family.module("text_encoder", "text_model.final_layer_norm").bias.fill_(1.0)
+        family.module("text_encoder_2", "text_model.final_layer_norm").bias.fill_(2.0)
+    parts = family.parts()
+    assert {role: part.config for role, part in parts.parts.items()} == {
+        role: part.config for role, part in tiny_parts("sdxl").parts.items()
+    }
+    found = {role: read_all(part.tensors) for role, part in parts.parts.items()}
+    assert bool((found["unet"]["conv_in.bias"] == 0.25).all())
+    assert bool((found["text_encoder"]["text_model.final_layer_norm.bias"] == 1).all())
+    assert bool((found["text_encoder_2"]["text_model.final_layer_norm.bias"] == 2).all())
+    assert {role: set(tensors) for role, tensors in found.items()} == {
+        role: set(part.tensors.names()) for role, part in tiny_parts("sdxl").parts.items()
+    }
 
 
-def join(parts: SdParts) -> dict[str, Tensor]:
-    levels = len(parts.vae_config["block_out_channels"])
-    return join_checkpoint(parts.unet, parts.vae, parts.text_encoder, unet_shape_of(parts.unet_config), levels)
+def test_a_digest_is_of_values_and_changes_with_one_weight() -> None:
+    family, other = fresh_tiny("sdxl"), fresh_tiny("sdxl")
+    first = family.digest()
+    texts, images = other.encoder_digest("texts"), other.encoder_digest("images")
+    with torch.no_grad():
+        next(iter(other.networks["text_encoder_2"].parameters()))[3, 5] += 1e-3
+    assert other.digest() != first
+    assert other.encoder_digest("texts") != texts
+    assert other.encoder_digest("images") == images
+    # What half precision can hold is the same model however it is stored.
+    half = tiny_parts("sd1")
+    stored = make_family(make_tiny_parts("sd1", SEED)).to(torch.device("cpu"), torch.float16)
+    again = fresh_tiny("sd1").to(torch.device("cpu"), torch.float16).to(torch.device("cpu"), torch.float32)
+    assert half.family == "sd1"
+    assert stored.digest() == again.digest()
 
 
-def test_split_and_join_are_inverses(full_file: Path) -> None:
-    original = original_tensors()
-    assert_equal_tensors(join(split_checkpoint(original, full_file)), original)
+def test_precision_is_chosen_or_kept(tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    assert main(["make_tiny_model", "--family", "sdxl", str(path)]) == 0
+    assert path.stat().st_size < 20_000_000
+    request = ModelRequest(str(path))
+    wanted: tuple[tuple[torch.dtype | None, torch.dtype], ...] = (
+        (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (None, torch.float16),
+    )  # fmt: skip
+    for asked, got in wanted:
+        family = load_family(request, asked)
+        assert isinstance(family, LatentDiffusion)
+        assert {parameter.dtype for each in family.networks.values() for parameter in each.parameters()} == {got}
+        assert family.vae.dtype == torch.float32
 
 
-def test_save_writes_what_was_read_and_overrides(family: StableDiffusion1, full_file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "saved.safetensors"
-    family.save(path, {})
-    assert_equal_tensors(load_file(path), load_file(full_file))
-    bias = torch.full_like(family.unet.conv_in.bias, 0.25)
-    family.save(path, {"unet.conv_in.bias": bias, "text_encoder.text_model.final_layer_norm.bias": torch.ones(64)})
-    saved = load_file(path)
-    assert torch.equal(saved[UNET + "input_blocks.0.0.bias"], bias)
-    assert torch.equal(saved[TEXT + "text_model.final_layer_norm.bias"], torch.ones(64))
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_gradients_flow_with_checkpointing_too(kind: TinyKind) -> None:
+    from sd_train.types import Geometry
 
-
-def test_diffusers_reads_our_file(family: StableDiffusion1, full_file: Path, tiny_folder: Path) -> None:
-    theirs = StableDiffusionPipeline.from_single_file(
-        str(full_file), config=str(tiny_folder), local_files_only=True, safety_checker=None
-    )
-    loaded = StableDiffusion1(theirs.unet, theirs.vae, theirs.text_encoder)
-    assert_equal_tensors(all_tensors(loaded), all_tensors(family))
-
-
-def test_other_spellings_and_leftovers_load(family: StableDiffusion1, full_file: Path, tmp_path: Path) -> None:
-    tensors = {name.replace(TEXT + "text_model.", TEXT): tensor for name, tensor in load_file(full_file).items()}
-    tensors[TEXT + "embeddings.position_ids"] = torch.arange(77)[None]
-    tensors |= {"betas": torch.ones(1000), "model_ema.decay": torch.tensor(0.9999)}
-    tensors["model_ema.diffusion_modelinput_blocks00weight"] = torch.zeros(32, 4, 3, 3)
-    tensors[TEXT + "text_projection.weight"] = torch.eye(64)
-    path = tmp_path / "leftovers.safetensors"
-    save_file(tensors, path)
-    assert_equal_tensors(all_tensors(load_sd1(path)), all_tensors(family))
+    grads = []
+    for checkpointed in (False, True):
+        family = fresh_tiny(kind)
+        weights = {}
+        for role, network in family.networks.items():
+            if checkpointed:
+                family.checkpoint_gradients(role)
+            path = family.lora_targets(role)[0].path
+            weights[role] = family.module(role, path).weight.requires_grad_(True)
+            assert network.training is checkpointed
+        texts = family.encode_texts(["a cat"])
+        told = family.condition(texts, {}, [Geometry((64, 64), (0, 0), (64, 64), False, (64, 64))])
+        noisy = torch.ones(1, 4, 8, 8)
+        family.predict(noisy, torch.tensor([5]), told).square().mean().backward()
+        grads.append({role: weight.grad for role, weight in weights.items()})
+        assert all(grad is not None and grad.abs().max() > 0 for grad in grads[-1].values())
+    for role, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][role], grad, atol=1e-6, rtol=1e-4)
 
 
 # Refusals
 
 
-def without(prefix: str) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name in [name for name in tensors if name.startswith(prefix)]:
-            del tensors[name]
-
-    return change
+def with_unet(kind: TinyKind, **changes: Any) -> Any:
+    configs = tiny_configs(kind)
+    configs["unet"] |= changes
+    return make_tiny_parts(kind, SEED, configs)
 
 
-def adding(name: str, *shape: int) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = torch.zeros(shape)
+@pytest.mark.parametrize("kind", ["sd1", "sd2-v", "sdxl"])
+def test_inpainting_models_are_refused_before_anything_is_loaded(kind: TinyKind, tmp_path: Path) -> None:
+    from sd_train.families.saving import save_model
 
-    return change
-
-
-def only_lora(tensors: dict[str, Tensor]) -> None:
-    tensors.clear()
-    tensors["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"] = torch.zeros(4, 320)
-
-
-FILES: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
-    "SDXL": (adding("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", 768), "SDXL"),
-    "SD 2": (adding("cond_stage_model.model.ln_final.weight", 1024), r"2\.x"),
-    "LoRA": (only_lora, "LoRA, not a base model"),
-    "nothing known": (lambda tensors: (tensors.clear(), tensors.update(x=torch.zeros(1)))[0], "none of its names"),
-    "empty": (lambda tensors: tensors.clear(), "none of its names"),
-    "inpainting": (adding(UNET + "input_blocks.0.0.weight", 32, 9, 3, 3), "9 input channels"),
-    "no VAE": (without(VAE), r"incomplete.*first_stage_model"),
-    "no text encoder": (without(TEXT), r"incomplete.*cond_stage_model"),
-    "no first convolution": (without(UNET + "input_blocks.0."), r"incomplete|missing"),
-    "no middle block": (without(UNET + "middle_block.1"), "incomplete"),
-    "no quant_conv": (without(VAE + "quant_conv"), r"VAE.*quant_conv"),
-    "one missing": (without(UNET + "output_blocks.4.0.in_layers.2.bias"), r"U-Net.*conv1\.bias|U-Net.*missing"),
-    "one CLIP tensor missing": (without(TEXT + "text_model.final_layer_norm.bias"), r"missing.*final_layer_norm\.bias"),
-    "unknown": (adding(UNET + "input_blocks.1.0.controlnet.weight", 3), r"unknown.*controlnet"),
-    "unknown in the text encoder": (adding(TEXT + "text_model.adapter.weight", 3), r"unknown.*adapter"),
-    "odd layer name": (adding(TEXT + "text_model.layers.0", 3), r"incomplete|unknown"),
-    "odd block name": (adding(UNET + "input_blocks.first.weight", 3), r"incomplete|unknown"),
-    "other shape": (adding(UNET + "time_embed.2.bias", 7), "does not fit"),
-    "flat weight": (adding(UNET + "input_blocks.0.0.weight", 7), r"incomplete|fit"),
-    "scalar weight": (adding(UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"), r"incomplete|fit"),
-    "added tokens": (adding(TEXT + "text_model.embeddings.token_embedding.weight", 49410, 64), "49410 tokens"),
-    "other VAE": (adding(VAE + "post_quant_conv.weight", 16, 16, 1, 1), "VAE does not fit"),
-}
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_other_files_are_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
-    change, reason = FILES[kind]
-    tensors = original_tensors()
-    change(tensors)
-    path = tmp_path / "other.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    with pytest.raises(ModelError, match=reason) as caught:
-        load_sd1(path)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("part", [UNET, VAE, TEXT])
-def test_missing_tensors_are_noticed(part: str, full_file: Path) -> None:
-    tensors = original_tensors()
-    whole = split_checkpoint(tensors, full_file)
-    checked = 0
-    names = [name for name in tensors if name.startswith(part)][::5]
-    for name in names:
-        taken = tensors.pop(name)
-        try:
-            parts = split_checkpoint(tensors, full_file)
-        except ModelError as problem:
-            message = str(problem)
-            checked += "complete" in message and str(full_file) in message
-        else:
-            checked += 1
-            # The networks are then the whole file's, and loading is strict.
-            assert (parts.unet_config, parts.vae_config) == (whole.unet_config, whole.vae_config)
-            assert parts.text_config == whole.text_config
-            found, expected = ({*each.unet, *each.vae, *each.text_encoder} for each in (parts, whole))
-            assert len(found) == len(expected) - 1
-        tensors[name] = taken
-    assert checked == len(names)
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-@pytest.mark.parametrize("length", [0, 5, 100, 100_000])
-def test_truncated_files_are_refused(suffix: str, length: int, full_file: Path, tmp_path: Path) -> None:
-    whole = full_file if suffix == ".safetensors" else write_ckpt(tmp_path / "whole.ckpt", load_file(full_file))
-    path = tmp_path / f"cut{suffix}"
-    path.write_bytes(whole.read_bytes()[:length])
-    with pytest.raises(ModelError, match="download it again") as caught:
-        load_sd1(path)
-    assert str(path) in str(caught.value)
-
-
-class Malicious:
-    """Unpickling this would create a file."""
-
-    def __init__(self, target: Path, function: Callable[..., Any]) -> None:
-        self.target, self.function = target, function
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (str(self.target), "w") if self.function is open else (f"echo > {self.target}",)
-        return self.function, arguments
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("function", [open, os.system, exec, Path], ids=["open", "system", "exec", "Path"])
-def test_code_inside_a_pickle_never_runs(function: Callable[..., Any], zipped: bool, tmp_path: Path) -> None:
-    target, path = tmp_path / "executed", tmp_path / "model.ckpt"
-    content = {"state_dict": {"x": torch.zeros(2)}, "callbacks": Malicious(target, function)}
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    reason = rf"Python objects.*{function.__name__}\); convert the file to \.safetensors"
-    with pytest.raises(ModelError, match=reason) as caught:
-        load_sd1(path)
-    assert str(path) in str(caught.value)
-    assert not target.exists()
-
-
-def test_a_web_page_saved_as_ckpt_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.ckpt"
-    path.write_text("<!DOCTYPE html><html><body>404</body></html>")
-    with pytest.raises(ModelError, match="cannot be read as a PyTorch file"):
-        load_sd1(path)
-
-
-def test_a_pickle_without_tensors_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "list.pt"
-    torch.save([1, 2], path)
-    with pytest.raises(ModelError, match="no table of tensors"):
-        load_sd1(path)
-
-
-def test_paths_that_are_no_model_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    text = tmp_path / "notes.txt"
-    text.write_text("x")
-    for path, reason in ((tmp_path / "none.safetensors", "no such file or folder"), (text, "not a model file")):
-        with pytest.raises(ModelError, match=reason) as caught:
-            load_sd1(path)
+    parts = with_unet(kind, in_channels=9)
+    path = tmp_path / "inpainting.safetensors"
+    save_model(path, parts, "safetensors", None, {})
+    for attempt in (check_model, load_family):
+        with pytest.raises(ModelError, match=r"inpainting model \(its U-Net takes 9 channels") as caught:
+            attempt(ModelRequest(str(path)))
         assert str(path) in str(caught.value)
-    with pytest.raises(ModelError, match=r"not a model file"):
-        read_tensors(text)
+    with pytest.raises(ModelError, match="inpainting model"):
+        make_family(parts)
+    with pytest.raises(ModelError, match="takes 8 channels and its VAE makes 4"):
+        make_family(with_unet(kind, in_channels=8))
 
 
-def link_folder(source: Path, target: Path) -> Path:
-    """A copy whose weights are links: cheap to change around."""
-    return Path(shutil.copytree(source, target, copy_function=lambda old, new: Path(new).symlink_to(old)))
+@pytest.mark.parametrize(
+    ("role", "change", "reason"),
+    [
+        ("unet", {"block_out_channels": [32, 64, 64, 32]}, "the U-Net does not fit its configuration: .*size mismatch"),
+        ("unet", {"down_block_types": ["Nothing"] * 4}, "no U-Net can be built"),
+        ("vae", {"layers_per_block": 1}, "the VAE does not fit its configuration: .*Unexpected"),
+        ("text_encoder", {"num_hidden_layers": 3}, "the text encoder does not fit its configuration: .*Missing"),
+        ("text_encoder", {"num_attention_heads": 7}, "no text encoder can be built"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(role: str, change: dict[str, Any], reason: str) -> None:
+    parts = tiny_parts("sd1", origin="some/model")
+    parts.parts[role].config.update(change)
+    try:
+        with pytest.raises(ModelError, match=f"some/model: {reason}"):
+            make_family(parts)
+    finally:
+        # The configuration is the shared one.
+        parts.parts[role].config.update(tiny_configs("sd1")[role])
 
 
-def test_broken_folders_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    def refused(folder: Path, reason: str) -> None:
-        with pytest.raises(ModelError, match=reason) as caught:
-            load_sd1(folder)
-        assert str(folder) in str(caught.value)
-
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    refused(empty, r"no unet/config\.json \(found: nothing\)")
-    no_unet = link_folder(tiny_folder, tmp_path / "no_unet")
-    shutil.rmtree(no_unet / "unet")
-    refused(no_unet, r"no unet/config\.json \(found: .*vae")
-    no_weights = link_folder(tiny_folder, tmp_path / "no_weights")
-    next((no_weights / "vae").glob("*.safetensors")).unlink()
-    refused(no_weights, "vae cannot be loaded")
-    cut = link_folder(tiny_folder, tmp_path / "cut")
-    for part in ("unet", "text_encoder"):
-        weights = next((cut / part).glob("*.safetensors"))
-        content = weights.read_bytes()[:1000]
-        weights.unlink()
-        weights.write_bytes(content)
-        refused(cut, f"{part} cannot be loaded")
-        shutil.rmtree(cut / part)
-        shutil.copytree(tiny_folder / part, cut / part)
-    for part in ("unet", "vae", "text_encoder"):
-        incomplete = link_folder(tiny_folder, tmp_path / f"incomplete_{part}")
-        weights = next((incomplete / part).glob("*.safetensors"))
-        tensors = load_file(weights)
-        gone = next(name for name in tensors if name.endswith("bias"))
-        del tensors[gone]
-        weights.unlink()
-        save_file(tensors, weights, {"format": "pt"})
-        refused(incomplete, f"1 tensors of {part} are missing")
-    xl = link_folder(tiny_folder, tmp_path / "xl")
-    (xl / "text_encoder_2").mkdir()
-    refused(xl, "SDXL")
-    config = json.loads((tiny_folder / "unet" / "config.json").read_text())
-    for key, value, reason in (("use_linear_projection", True, r"2\.x"), ("in_channels", 9, "9 input channels")):
-        other = link_folder(tiny_folder, tmp_path / key)
-        (other / "unet" / "config.json").unlink()
-        (other / "unet" / "config.json").write_text(json.dumps(config | {key: value}))
-        refused(other, f"{reason}|cannot be loaded")
-    scheduler = link_folder(tiny_folder, tmp_path / "scheduler") / "scheduler" / "scheduler_config.json"
-    scheduler.unlink()
-    for text, reason in (('{"prediction_type": "v_prediction"}', "v_prediction"), ("{", "JSON"), ("[]", "JSON")):
-        scheduler.write_text(text)
-        refused(scheduler.parents[1], reason)
-    (tmp_path / "wide").mkdir()
-    wide = link_folder(tiny_folder, tmp_path / "wide" / "model")
-    shutil.rmtree(wide / "vae")
-    config = published_config("vae") | {"block_out_channels": [32] * 4, "latent_channels": 16}
-    AutoencoderKL.from_config(config).save_pretrained(wide / "vae")
-    refused(wide, "16 channels")
-
-
-def test_a_folder_with_tokens_of_its_own_equals_diffusers(tiny_folder: Path, tmp_path: Path) -> None:
-    folder = link_folder(tiny_folder, tmp_path / "added")
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+def test_a_folder_with_tokens_of_its_own_equals_diffusers(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    encoder: Any = CLIPTextModel.from_pretrained(folder / "text_encoder")
     encoder.resize_token_embeddings(49410)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     assert tokenizer.add_tokens(["<cat-toy>", "<my-style>"]) == 2
-    for part, written in (("text_encoder", encoder), ("tokenizer", tokenizer)):
+    written: tuple[tuple[str, Callable[[Path], Any]], ...] = (
+        ("text_encoder", encoder.save_pretrained), ("tokenizer", tokenizer.save_pretrained),
+    )  # fmt: skip
+    for part, save in written:
         shutil.rmtree(folder / part)
-        written.save_pretrained(folder / part)
-    ours = load_sd1(folder)
-    theirs = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, safety_checker=None)
+        save(folder / part)
+    ours = load(folder)
+    theirs: Any = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, safety_checker=None)
     for caption in ("a <cat-toy> in the style of <my-style>, red", "a cat"):
         with torch.no_grad():
             expected = theirs.encode_prompt(caption, "cpu", 1, False)[0]
             torch.testing.assert_close(ours.encode_texts([caption])["states"], expected, atol=1e-5, rtol=0)
-    assert 49409 in ours.tokenizer(["<my-style>"], 1)
+    assert 49409 in ours.text_encoders["text_encoder"].tokenizer(["<my-style>"], 1).ids
     shutil.rmtree(folder / "tokenizer")
-    with pytest.raises(ModelError, match="knows 49410 tokens"):
-        load_sd1(folder)
+    with pytest.raises(ModelError, match=r"knows 49410 tokens instead of CLIP's 49408, and"):
+        load(folder)
 
 
-# Parity with diffusers
-
-CAPTIONS = {"short": "a cat, close up", "empty": "", "long": LONG, "odd": "Ein HÄUSCHEN  <b>&amp;</b> (x:1.2) 猫 🚀!"}
-
-
-@pytest.mark.parametrize("clip_skip", [None, 1, 2])
-@pytest.mark.parametrize("caption", CAPTIONS.values(), ids=CAPTIONS.keys())
-def test_noise_prediction_equals_diffusers(
-    caption: str, clip_skip: int | None, configured: StableDiffusion1, diffusers_pipeline: StableDiffusionPipeline
-) -> None:
-    configured.configure(clip_skip, None)
-    generator = torch.Generator().manual_seed(5)
-    latents = torch.randn(2, 4, 8, 12, generator=generator)
-    timesteps = torch.tensor([17, 801])
-    with torch.no_grad():
-        texts = configured.encode_texts([caption, caption])
-        geometry = [Geometry((64, 96), (0, 0), (64, 96), False, (64, 96))] * 2
-        ours = configured.predict(latents, timesteps, configured.condition(texts, {}, geometry))
-        # diffusers counts the layers that are left out, A1111 and sd-scripts the layer from the end that is used.
-        skip = None if clip_skip is None or clip_skip == 1 else clip_skip - 1
-        states = diffusers_pipeline.encode_prompt(caption, "cpu", 1, False, clip_skip=skip)[0]
-        theirs = diffusers_pipeline.unet(latents, timesteps, states.expand(2, -1, -1)).sample
-    torch.testing.assert_close(texts["states"], states.expand(2, -1, -1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+def test_added_tokens_in_a_single_file_are_refused(tmp_path: Path) -> None:
+    tensors = original_tensors(tmp_path, "sd1")
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    tensors[name] = torch.zeros(49410, 64)
+    path = tmp_path / "added.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"knows 49410 tokens .* a single file holds no names for them"):
+        load(path)
 
 
-def test_the_caption_and_clip_skip_change_the_prediction(configured: StableDiffusion1) -> None:
-    latents, timesteps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([500])
-    predictions = []
-    for caption, skip in (("a cat", None), ("a rocket", None), ("a cat", 2)):
-        configured.configure(skip, None)
-        with torch.no_grad():
-            conditioning = configured.condition(configured.encode_texts([caption]), {}, [])
-            predictions.append(configured.predict(latents, timesteps, conditioning))
-    assert (predictions[0] - predictions[1]).abs().mean() > 1e-3
-    assert (predictions[0] - predictions[2]).abs().mean() > 1e-3
+# The command
 
 
-@pytest.mark.parametrize("clip_skip", [None, 2])
-@pytest.mark.parametrize("tokens", [150, 225])
-@pytest.mark.parametrize("caption", ["a cat", LONG, HUGE], ids=["short", "long", "huge"])
-def test_long_captions_equal_separate_chunks(
-    caption: str, tokens: int, clip_skip: int | None, configured: StableDiffusion1,
-    diffusers_pipeline: StableDiffusionPipeline,
-) -> None:  # fmt: skip
-    configured.configure(clip_skip, tokens)
-    tokenizer, encoder = diffusers_pipeline.tokenizer, diffusers_pipeline.text_encoder
-    ids = tokenizer(caption, add_special_tokens=False)["input_ids"][:tokens]
-    ids += [49407] * (tokens - len(ids))
-    pieces: list[Tensor] = []
-    with torch.no_grad():
-        for start in range(0, tokens, 75):
-            chunk = torch.tensor([[49406, *ids[start : start + 75], 49407]])
-            output = encoder(chunk, output_hidden_states=True)
-            states = output.last_hidden_state
-            if clip_skip:
-                states = encoder.text_model.final_layer_norm(output.hidden_states[-clip_skip])
-            first, last = start == 0, start + 75 == tokens
-            pieces.append(states[:, 0 if first else 1 : 77 if last else 76])
-        ours = configured.encode_texts([caption])["states"]
-    assert ours.shape == (1, tokens + 2, 64)
-    torch.testing.assert_close(ours, torch.cat(pieces, dim=1), atol=1e-5, rtol=0)
-
-
-def test_more_layers_than_there_are_cannot_be_skipped(configured: StableDiffusion1) -> None:
-    with pytest.raises(ModelError, match="--clip_skip = 3: the text encoder has 2 layers"):
-        configured.configure(3, None)
-
-
-def test_prompts_take_the_chunks_of_the_longer_prompt(configured: StableDiffusion1) -> None:
-    with torch.no_grad():
-        prompt, negative = configured.prompt_arguments(HUGE, "ugly").values()
-        short, _ = configured.prompt_arguments("a cat", "").values()
-        assert torch.equal(short, configured.encode_texts(["a cat"])["states"])
-    assert prompt.shape == negative.shape == (1, 227, 64)
-    assert short.shape == (1, 77, 64)
-
-
-def test_autoencoder_equals_diffusers(family: StableDiffusion1, diffusers_pipeline: StableDiffusionPipeline) -> None:
-    generator = torch.Generator().manual_seed(2)
-    pixels = torch.rand(2, 3, 64, 96, generator=generator) * 2 - 1
-    with torch.no_grad():
-        theirs = diffusers_pipeline.vae.encode(pixels).latent_dist
-        drawn = theirs.sample(torch.Generator().manual_seed(9)) * diffusers_pipeline.vae.config.scaling_factor
-    ours = family.encode_images(pixels)
-    assert ours["mean"].shape == (2, *family.latent.shape(96, 64)) == (2, 4, 8, 12)
-    torch.testing.assert_close(ours["mean"], theirs.mean, atol=1e-5, rtol=0)
-    torch.testing.assert_close((0.5 * ours["logvar"]).exp(), theirs.std, atol=1e-5, rtol=1e-5)
-    noise = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(9))
-    torch.testing.assert_close(family.draw_latents(ours, noise), drawn, atol=1e-5, rtol=0)
+def test_make_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "xl"
+    assert main(["make_tiny_model", "--family", "refiner", "--seed", "5", str(folder)]) == 0
+    assert json.loads((folder / "unet" / "config.json").read_text())["cross_attention_dim"] == 32
+    assert main(["make_tiny_model", "--family", "refiner", str(folder)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    first, second = (make_tiny_parts("sd1", seed) for seed in (5, 5))
+    different = make_tiny_parts("sd1", 6)
+    weight = [read_all(each.parts["unet"].tensors)["conv_in.weight"] for each in (first, second, different)]
+    assert torch.equal(weight[0], weight[1])
+    assert not torch.equal(weight[0], weight[2])

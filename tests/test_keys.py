@@ -1,107 +1,126 @@
-"""Name tables against complete lists that sd-scripts wrote for Stable Diffusion 1.5."""
+"""LoRA keys against complete lists that sd-scripts wrote, names of the text encoders."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from sd_train.families.checkpoints import join_checkpoint, published_config, split_checkpoint, unet_shape_of
+from sd_train.demo.tiny_model import KINDS, TinyKind, make_tiny_parts, tiny_configs
 from sd_train.families.keys import (
-    TEXT_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
     UNetShape,
     live_text_name,
     published_text_name,
     text_lora_targets,
     text_modules,
     unet_lora_targets,
-    unet_modules,
-    vae_modules,
 )
-from sd_train.families.sd import StableDiffusion1
+from sd_train.families.latent import LatentDiffusion
+from sd_train.families.published import Prediction, published_config
+from sd_train.families.registry import make_family
+from sd_train.families.text import TextEncoder
 from sd_train.trainables.lora import LoraModule
-from tests.models import golden
+from tests.models import fresh_tiny, golden
 
-ENDS = (".weight", ".bias")
+Shapes = dict[str, list[list[int]]]
 
 
-@pytest.fixture(scope="module")
-def full_size() -> StableDiffusion1:
-    """Stable Diffusion 1.5 from the published configurations, without memory for its weights."""
+@cache
+def full_size(kind: TinyKind) -> LatentDiffusion:
+    """A published model without memory for its weights."""
+    family, told = KINDS[kind]
+    configs = {role: published_config(role, family, told) for role in tiny_configs(kind)}
     with torch.device("meta"):
-        return StableDiffusion1(
-            UNet2DConditionModel.from_config(published_config("unet")),
-            AutoencoderKL.from_config(published_config("vae")),
-            CLIPTextModel(CLIPTextConfig(**published_config("text_encoder"))),
-        )
+        parts = make_tiny_parts(kind, 0, configs)
+        made = make_family(parts)
+    assert isinstance(made, LatentDiffusion)
+    return made
 
 
-def test_lora_keys_and_shapes_are_sd_scripts(full_size: StableDiffusion1) -> None:
-    shapes: dict[str, list[int]] = {}
-    for role in ("text_encoder", "unet"):
-        for target in full_size.lora_targets(role):
+def lora_shapes(family: LatentDiffusion, convolutions: bool) -> Shapes:
+    shapes = {}
+    for role in family.networks:
+        for target in family.lora_targets(role, convolutions):
             # The factors are small and real; only the layers they belong to have no memory.
-            module = LoraModule(target.key, full_size.module(role, target.path), 4, 1.0, 0)
-            shapes[f"{target.key}.alpha"] = []
-            shapes[f"{target.key}.lora_down.weight"] = list(module.down.shape)
-            shapes[f"{target.key}.lora_up.weight"] = list(module.up.shape)
-    expected = golden("lora_keys_sd15.json.gz")["shapes"]
-    assert len(expected) == 792
-    assert shapes == expected
+            module = LoraModule(target.key, family.module(role, target.path), 4, 1.0, 0)
+            shapes[target.key] = [list(module.down.shape), list(module.up.shape)]
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("kind", "convolutions", "table", "modules"),
+    [("sd1", False, "sd15", 264), ("sd1", True, "sd15 conv", 350), ("sdxl", False, "sdxl", 986),
+     ("sdxl", True, "sdxl conv", 1052)],
+)  # fmt: skip
+def test_lora_keys_and_shapes_are_sd_scripts(kind: TinyKind, convolutions: bool, table: str, modules: int) -> None:
+    expected = golden("lora_keys.json.gz")[table]
+    assert len(expected) == modules
+    assert lora_shapes(full_size(kind), convolutions) == expected
+
+
+def test_numbers_of_modules_in_other_families() -> None:
+    # reference: sd-scripts' `networks.lora` on Stable Diffusion 2.x: text encoder 138 + U-Net 192.
+    second = full_size("sd2")
+    assert len(second.lora_targets("text_encoder")) == 138
+    assert {target.key for target in second.lora_targets("unet")} == {
+        key for key in golden("lora_keys.json.gz")["sd15"] if key.startswith("lora_unet_")
+    }
+    refiner = full_size("refiner")
+    assert list(refiner.networks) == ["unet", "text_encoder_2"]
+    keys = [target.key for target in refiner.lora_targets("text_encoder_2")]
+    assert len(keys) == 192
+    assert all(key.startswith("lora_te2_text_model_encoder_layers_") for key in keys)
+    assert all(refiner.module("unet", target.path) is not None for target in refiner.lora_targets("unet", True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "prediction", "base", "architecture", "suffix"),
+    [
+        ("sd1", "epsilon", "sd_v1", "stable-diffusion-v1", "_sd"),
+        ("sd1", "v_prediction", "sd_v1_v", "stable-diffusion-v1", "_sd"),
+        ("sd2", "epsilon", "sd_v2", "stable-diffusion-v2-512", "_sd"),
+        ("sd2-v", "v_prediction", "sd_v2_v", "stable-diffusion-v2-768-v", "_sd"),
+        ("sdxl", "epsilon", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "_sdxl"),
+        ("refiner", "epsilon", "sdxl_refiner_v1-0", "stable-diffusion-xl-v1-refiner", "_sdxl"),
+    ],
+)
+def test_families_have_sd_scripts_names(
+    kind: TinyKind, prediction: Prediction, base: str, architecture: str, suffix: str
+) -> None:
+    family = fresh_tiny(kind, prediction=prediction)
+    assert (family.base_version, family.architecture, family.latents_suffix) == (base, architecture, suffix)
+    assert family.prediction == prediction
+    assert family.latent.scale == (0.13025 if suffix == "_sdxl" else 0.18215)
+    assert family.latent.shape(1024, 512) == (4, 64, 128)
+
+
+def test_text_encoders_of_published_models_take_the_right_layer_and_padding() -> None:
+    def facts(encoder: TextEncoder) -> tuple[int, bool, int, int]:
+        pad = encoder.tokenizer(["a"], 1).ids[0, 0, -1]
+        return encoder.layer, encoder.final_norm, encoder.layers, int(pad)
+
+    assert [facts(encoder) for encoder in full_size("sd1").text_encoders.values()] == [(1, True, 12, 49407)]
+    assert [facts(encoder) for encoder in full_size("sd2").text_encoders.values()] == [(1, True, 23, 0)]
+    xl = [facts(encoder) for encoder in full_size("sdxl").text_encoders.values()]
+    assert xl == [(2, False, 12, 49407), (2, False, 32, 0)]
+    assert [facts(encoder) for encoder in full_size("refiner").text_encoders.values()] == xl[1:]
 
 
 def test_lora_targets_do_not_depend_on_the_model() -> None:
-    keys = {name.rpartition(".lora_up")[0] for name in golden("lora_keys_sd15.json.gz")["shapes"] if "lora_up" in name}
+    keys = golden("lora_keys.json.gz")
     targets = [*unet_lora_targets(UNetShape()), *text_lora_targets(12)]
-    assert {target.key for target in targets} == keys
-    assert len(targets) == len(keys) == 264
-    assert text_lora_targets(12, "lora_te1")[0].key.startswith("lora_te1_text_model_encoder_layers_0_")
+    assert {target.key for target in targets} == set(keys["sd15"])
+    shape = full_size_shape()
+    listed = {target.key for target in unet_lora_targets(shape, original_names=True, convolutions=True)}
+    # Residual blocks whose width does not change have no skip connection.
+    known = {key for key in keys["sdxl conv"] if key.startswith("lora_unet_")}
+    assert known < listed
+    assert all(key.endswith("_skip_connection") for key in listed - known)
 
 
-def test_names_cover_a_whole_checkpoint(full_size: StableDiffusion1) -> None:
-    table = golden("checkpoint_keys_sd15.json.gz")
-    for role, prefix, modules in (
-        ("unet", UNET_PREFIX, unet_modules(UNetShape())),
-        ("vae", VAE_PREFIX, vae_modules()),
-    ):
-        pairs = {prefix + name.original + end: name.diffusers + end for name in modules for end in ENDS}
-        existing = {original: ours for original, ours in pairs.items() if original in table["keys"]}
-        assert existing == table[role]
-        # Beyond the table are only the biases and shortcuts that some blocks lack.
-        for original in set(pairs) - set(existing):
-            assert "skip_connection" in original or "nin_shortcut" in original or original.endswith(".bias"), original
-        assert set(existing.values()) == set(full_size.tensors(role))
-        assert len({name.original for name in modules}) == len({name.diffusers for name in modules}) == len(modules)
-    text = {TEXT_PREFIX + name + end: name + end for name in text_modules(12) for end in ENDS}
-    text = {original: ours for original, ours in text.items() if not original.endswith("_embedding.bias")}
-    assert text == table["text_encoder"]
-    assert set(text.values()) == set(full_size.tensors("text_encoder"))
-
-
-def test_a_full_size_checkpoint_is_joined_and_split(full_size: StableDiffusion1) -> None:
-    table = golden("checkpoint_keys_sd15.json.gz")
-    parts = {role: full_size.tensors(role) for role in ("unet", "vae", "text_encoder")}
-    shape = unet_shape_of(published_config("unet"))
-    assert shape == UNetShape()
-    joined: dict[str, Tensor] = join_checkpoint(parts["unet"], parts["vae"], parts["text_encoder"], shape, 4)
-    assert {name: list(tensor.shape) for name, tensor in joined.items()} == table["keys"]
-    assert len(joined) == 1130
-    for name, change in table["shape_changes"].items():
-        assert list(joined[name].shape) == change["original"]
-        assert list(parts["vae"][table["vae"][name]].shape) == change["diffusers"]
-    split = split_checkpoint(joined, Path("model.safetensors"))
-    for role in parts:
-        found = {name: tensor.shape for name, tensor in getattr(split, role).items()}
-        assert found == {name: tensor.shape for name, tensor in parts[role].items()}
-    assert split.unet_config == published_config("unet")
-    assert split.vae_config == published_config("vae")
-    assert split.text_config == published_config("text_encoder")
+def full_size_shape() -> UNetShape:
+    return UNetShape(((0, 0), (2, 2), (10, 10)), ((10,) * 3, (2,) * 3, (0,) * 3), 10, added=True)
 
 
 def test_both_spellings_of_clip_names() -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from sd_train.demo.tiny_model import make_tiny_parts
 from sd_train.errors import ModelError
-from sd_train.families.checkpoints import published_config
-from sd_train.families.sd import StableDiffusion1
+from sd_train.families.latent import LatentDiffusion
+from sd_train.families.published import published_config
+from sd_train.families.sd import StableDiffusion
 from sd_train.trainables.lora import Lora, LoraModule, LoraSettings
 from sd_train.types import Batch, Update
 from tests.models import DATA, all_tensors, assert_equal_tensors, fresh_tiny, golden
@@ -29,11 +30,11 @@ SETTINGS = LoraSettings(rank=4, alpha=2.0, dropout=0.0, rates=BOTH, seed=3)
 
 
 @pytest.fixture
-def family() -> StableDiffusion1:
+def family() -> LatentDiffusion:
     return fresh_tiny()
 
 
-def installed(family: StableDiffusion1, **changes: Any) -> Lora:
+def installed(family: LatentDiffusion, **changes: Any) -> Lora:
     lora = Lora(dataclasses.replace(SETTINGS, **changes))
     lora.install(family)
     return lora
@@ -47,7 +48,7 @@ def randomise(lora: Lora, scale: float, seed: int = 1) -> None:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
 
 
-def predict(family: StableDiffusion1, caption: str = "a cat") -> Tensor:
+def predict(family: LatentDiffusion, caption: str = "a cat") -> Tensor:
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     conditioning = family.condition(family.encode_texts([caption]), {}, [])
     return family.predict(latents, torch.tensor([300]), conditioning)
@@ -64,18 +65,16 @@ def counters(lora: Lora, step: int, micro: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def wide_family() -> StableDiffusion1:
+def wide_family() -> LatentDiffusion:
     """A model whose first level and text encoder are as wide as Stable Diffusion 1.5's."""
     unet = published_config("unet") | {"block_out_channels": [320, 32, 32, 32]}
     vae = published_config("vae") | {"block_out_channels": [32, 32, 32, 32]}
-    text = published_config("text_encoder") | {"num_hidden_layers": 1, "vocab_size": 8, "eos_token_id": 7}
-    return StableDiffusion1(
-        UNet2DConditionModel.from_config(unet), AutoencoderKL.from_config(vae), CLIPTextModel(CLIPTextConfig(**text))
-    )
+    text = published_config("text_encoder") | {"num_hidden_layers": 1}
+    return StableDiffusion(make_tiny_parts("sd1", 0, {"unet": unet, "vae": vae, "text_encoder": text}))
 
 
 @pytest.mark.parametrize("key", golden("lora_golden.json")["modules"])
-def test_the_change_equals_sd_scripts_merge(key: str, wide_family: StableDiffusion1) -> None:
+def test_the_change_equals_sd_scripts_merge(key: str, wide_family: LatentDiffusion) -> None:
     expected = golden("lora_golden.json")["modules"][key]
     tensors = {name: value for name, value in load_file(DATA / "lora_golden.safetensors").items() if key in name}
     lora = installed(wide_family, rank=expected["rank"], alpha=expected["alpha"])
@@ -97,7 +96,7 @@ def test_the_change_equals_sd_scripts_merge(key: str, wide_family: StableDiffusi
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
-def test_convolutions_keep_stride_and_padding(kernel: int, stride: int, padding: int, family: StableDiffusion1) -> None:
+def test_convolutions_keep_stride_and_padding(kernel: int, stride: int, padding: int, family: LatentDiffusion) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 5, kernel, stride, padding)
     x, weight = torch.randn(2, 6, 9, 7), layer.weight.detach().clone()
@@ -111,7 +110,7 @@ def test_convolutions_keep_stride_and_padding(kernel: int, stride: int, padding:
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_untrained_it_changes_nothing_to_the_bit(family: StableDiffusion1) -> None:
+def test_untrained_it_changes_nothing_to_the_bit(family: LatentDiffusion) -> None:
     weights = {name: tensor.clone() for name, tensor in all_tensors(family).items()}
     with torch.no_grad():
         before = predict(family)
@@ -153,15 +152,15 @@ def pictures(pipeline: Any, **prompts: Any) -> np.ndarray:
     return np.asarray(pipeline(**prompts, **sizes, generator=generator, output_type="np").images[0])
 
 
-def our_picture(family: StableDiffusion1) -> np.ndarray:
+def our_picture(family: LatentDiffusion) -> np.ndarray:
     pipeline = family.pipeline(DDIMScheduler.from_config(published_config("scheduler")))
     with torch.no_grad():
-        return pictures(pipeline, **family.prompt_arguments(PROMPT, NEGATIVE))
+        return pictures(pipeline, **family.prompt_arguments(PROMPT, NEGATIVE, 64, 64))
 
 
 @pytest.mark.parametrize("roles", [("unet", "text_encoder"), ("unet",), ("text_encoder",)], ids="+".join)
 def test_diffusers_makes_our_picture_from_our_file(
-    roles: tuple[str, ...], family: StableDiffusion1, tiny_folder: Path, tmp_path: Path
+    roles: tuple[str, ...], family: LatentDiffusion, tiny_folder: Path, tmp_path: Path
 ) -> None:
     base = our_picture(family)
     lora = installed(family, alpha=1.0, rates={role: 1e-4 for role in roles})
@@ -176,7 +175,7 @@ def test_diffusers_makes_our_picture_from_our_file(
     assert np.abs(ours - base).mean() > (0.02 if "unet" in roles else 0.004)
 
 
-def test_a_loaded_file_predicts_the_same(family: StableDiffusion1, tmp_path: Path) -> None:
+def test_a_loaded_file_predicts_the_same(family: LatentDiffusion, tmp_path: Path) -> None:
     lora = installed(family)
     randomise(lora, 0.2)
     lora.save(tmp_path / "lora.safetensors", {})
@@ -190,7 +189,7 @@ def test_a_loaded_file_predicts_the_same(family: StableDiffusion1, tmp_path: Pat
 
 @pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, None])
 def test_the_file_is_in_the_precision_asked_for(
-    precision: torch.dtype | None, family: StableDiffusion1, tmp_path: Path
+    precision: torch.dtype | None, family: LatentDiffusion, tmp_path: Path
 ) -> None:
     lora = installed(family, precision=precision)
     lora.save(tmp_path / "lora.safetensors", {})
@@ -207,7 +206,7 @@ def test_the_file_is_in_the_precision_asked_for(
 # Groups and rates
 
 
-def test_groups_and_rates(family: StableDiffusion1) -> None:
+def test_groups_and_rates(family: LatentDiffusion) -> None:
     lora = installed(family)
     assert [(group.name, group.lr) for group in lora.groups()] == [("textencoder", 5e-5), ("unet", 1e-4)]
     named = {name: parameter for group in lora.groups() for name, parameter in group.params.items()}
@@ -219,7 +218,7 @@ def test_groups_and_rates(family: StableDiffusion1) -> None:
 
 
 @pytest.mark.parametrize("rates", [{"unet": 1e-4, "text_encoder": 0.0}, {"unet": 1e-4}])
-def test_a_rate_of_zero_makes_no_modules(rates: dict[str, float], family: StableDiffusion1) -> None:
+def test_a_rate_of_zero_makes_no_modules(rates: dict[str, float], family: LatentDiffusion) -> None:
     lora = installed(family, rates=rates)
     assert [group.name for group in lora.groups()] == ["unet"]
     assert lora.trains("unet")
@@ -234,7 +233,7 @@ def test_a_rate_of_zero_makes_no_modules(rates: dict[str, float], family: Stable
 # Dropout
 
 
-def gradients(lora: Lora, family: StableDiffusion1) -> dict[str, Tensor]:
+def gradients(lora: Lora, family: LatentDiffusion) -> dict[str, Tensor]:
     predict(family).square().mean().backward()
     found: dict[str, Tensor] = {}
     for group in lora.groups():
@@ -244,7 +243,7 @@ def gradients(lora: Lora, family: StableDiffusion1) -> dict[str, Tensor]:
     return found
 
 
-def test_dropout_depends_on_the_counters_alone(family: StableDiffusion1) -> None:
+def test_dropout_depends_on_the_counters_alone(family: LatentDiffusion) -> None:
     lora = installed(family, dropout=0.5)
     randomise(lora, 0.2)
     seen: dict[tuple[int, int], Tensor] = {}
@@ -262,7 +261,7 @@ def test_dropout_depends_on_the_counters_alone(family: StableDiffusion1) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_inference_mode_ends_also_after_an_error(family: StableDiffusion1) -> None:
+def test_inference_mode_ends_also_after_an_error(family: LatentDiffusion) -> None:
     lora = installed(family, dropout=0.5)
     randomise(lora, 0.2)
     with torch.no_grad():
@@ -337,7 +336,7 @@ def other_alpha(tensors: dict[str, Tensor]) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
-    change: Callable[[dict[str, Tensor]], None], count: int, reason: str, family: StableDiffusion1
+    change: Callable[[dict[str, Tensor]], None], count: int, reason: str, family: LatentDiffusion
 ) -> None:
     lora = installed(family)
     before = {name: tensor.clone() for name, tensor in lora.tensors().items()}
@@ -348,7 +347,7 @@ def test_weights_that_do_not_fit_are_refused(
     assert_equal_tensors(lora.tensors(), before)
 
 
-def test_a_part_loads_where_that_is_asked_for(family: StableDiffusion1) -> None:
+def test_a_part_loads_where_that_is_asked_for(family: LatentDiffusion) -> None:
     lora = installed(family)
     before = {name: tensor.clone() for name, tensor in lora.tensors().items()}
     key = "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"

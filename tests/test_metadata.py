@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from sd_train.config.options import RunConfig
 from sd_train.config.parser import load_run_config
+from sd_train.demo.tiny_model import save_tiny_model
 from sd_train.errors import ConfigError
 from sd_train.files import write_network
 from sd_train.metadata import RunFacts, build_metadata, describe_base, now
@@ -57,12 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.new("L", size).save(images / f"{name}_{view}.png")
             (images / f"{name}_{view}.txt").write_text(f"{caption}, view {view}")
     (folder / "ds256.toml").write_text(GOLDEN["dataset_toml"].replace("<IMG>", images.as_posix()))
-    base = folder / "sd15_random"
-    base.mkdir()
-    (base / "model_index.json").write_text("{}")
-    for part in ("unet", "vae", "text_encoder"):
-        (base / part).mkdir()
-        (base / part / "config.json").write_text("{}")
+    save_tiny_model(folder / "sd15_random", 0)
     return folder
 
 

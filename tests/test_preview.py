@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from sd_train.errors import ConfigError
-from sd_train.families.base import LatentSpec
+from sd_train.families.specs import LatentSpec
 from sd_train.preview import Preview
 from sd_train.prompts import CANONICAL_SAMPLERS, SAMPLER_ALIASES, SAMPLER_NAMES, Prompt
 from sd_train.report import Report
@@ -111,6 +111,7 @@ class TinyFamily:
     """A Stable Diffusion of a few thousand weights, built with diffusers' own classes."""
 
     prediction = "epsilon"
+    zero_terminal_snr = False
     latent = LatentSpec(channels=4, factor=2, scale=0.18215)
 
     def __init__(self) -> None:
@@ -139,7 +140,7 @@ class TinyFamily:
         self.networks: dict[str, nn.Module] = {"unet": self.unet, "text_encoder": self.text_encoder}
         self.scheduler = DDPMScheduler()
 
-    def prompt_arguments(self, prompt: str, negative: str) -> dict[str, Tensor]:
+    def prompt_arguments(self, prompt: str, negative: str, width: int, height: int) -> dict[str, Tensor]:
         ids = torch.tensor([list(text.encode().ljust(77)[:77]) for text in (prompt, negative)])
         states = self.text_encoder(ids)
         return {"prompt_embeds": states[:1], "negative_prompt_embeds": states[1:]}
@@ -260,7 +261,7 @@ def test_the_picture_is_the_pipelines(family: TinyFamily, tmp_path: Path) -> Non
     pipeline = family.pipeline(make_sampler("ddim", "epsilon", prompt.steps))
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
-        **family.prompt_arguments(prompt.text, prompt.negative),
+        **family.prompt_arguments(prompt.text, prompt.negative, prompt.width, prompt.height),
         latents=torch.randn(1, 4, 24, 32, generator=torch.Generator().manual_seed(7)),
         width=64,
         height=48,
@@ -302,7 +303,7 @@ def training(family: TinyFamily, preview: Preview | None) -> tuple[list[Tensor],
     family.unet.train()
     start = {name: tensor.clone() for name, tensor in family.unet.state_dict().items()}
     optimizer = torch.optim.SGD(family.unet.parameters(), lr=0.01)
-    states = family.prompt_arguments("a cat", "")["prompt_embeds"]
+    states = family.prompt_arguments("a cat", "", 64, 64)["prompt_embeds"]
     for step in range(4):
         noise = torch.randn(1, 4, 8, 8)
         loss = (family.unet(noise, torch.tensor([500]), states.detach()).sample - noise).square().mean()

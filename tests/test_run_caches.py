@@ -20,17 +20,17 @@ UNET = "--max_train_steps 5 --network_train_unet_only"
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many images and captions the model's encoders have seen."""
-    from sd_train.families.sd import StableDiffusion1
+    from sd_train.families.latent import LatentDiffusion
 
     counts = {"images": 0, "texts": 0}
     for name in counts:
-        real = getattr(StableDiffusion1, f"encode_{name}")
+        real = getattr(LatentDiffusion, f"encode_{name}")
 
         def counting(self, rows, name=name, real=real):  # type: ignore[no-untyped-def]
             counts[name] += len(rows)
             return real(self, rows)
 
-        monkeypatch.setattr(StableDiffusion1, f"encode_{name}", counting)
+        monkeypatch.setattr(LatentDiffusion, f"encode_{name}", counting)
     return counts
 
 

@@ -14,11 +14,11 @@ import torch
 from sd_train.data.batches import BatchSettings, Updates
 from sd_train.device import Device
 from sd_train.diffusion.schedule import Draws, draw
-from sd_train.families.sd import load_sd1
 from sd_train.objectives.denoise import Denoise
 from sd_train.train_network import main
 from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.types import Batch, Progress, Update
+from tests.models import load
 from tests.runs import (
     PHOTOS,
     command,
@@ -131,7 +131,7 @@ def test_the_last_update_of_an_epoch_is_the_mean_over_its_own_samples(tiny_model
     train(tiny_model, dataset, tmp_path / "out", f"{still} --logging_dir {tmp_path / 'logs'}")
     curves = scalars(tmp_path / "logs")
 
-    family = load_sd1(tiny_model)
+    family = load(tiny_model)
     rates = {"unet": 1.0, "text_encoder": 1.0}
     lora = Lora(LoraSettings(rank=4, alpha=4.0, dropout=0.0, rates=rates, seed=3))
     lora.install(family)

@@ -74,14 +74,14 @@ def overhead(steps: int, batch: int, warmup: int, workers: int) -> dict[str, flo
     """Train a LoRA of rank 4 on the tiny model with cached latents; CPU milliseconds of an update, and the ratio."""
     from sd_train.demo.tiny_model import save_tiny_model
     from sd_train.device import Updater
-    from sd_train.families.sd import StableDiffusion1
+    from sd_train.families.latent import LatentDiffusion
     from sd_train.report import Report
     from sd_train.train_network import main as train_network
 
     clock = Clock()
     parts: list[tuple[Any, str]] = [
-        (StableDiffusion1, "encode_texts"),
-        (StableDiffusion1, "predict"),
+        (LatentDiffusion, "encode_texts"),
+        (LatentDiffusion, "predict"),
         (Updater, "backward"),
         (Updater, "step"),
     ]

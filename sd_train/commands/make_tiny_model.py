@@ -1,4 +1,4 @@
-"""`sd-train make_tiny_model`: a Stable Diffusion 1.x model of 15 MB with random weights, to try things out."""
+"""`sd-train make_tiny_model`: a Stable Diffusion model of under 20 MB with random weights, to try things out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser("sd-train make_tiny_model", description=__doc__, allow_abbrev=False)
     parser.add_argument("path", type=Path, help="a .safetensors file, or a folder in diffusers' layout")
+    parser.add_argument(
+        "--family",
+        choices=("sd1", "sd2", "sd2-v", "sdxl", "refiner"),
+        default="sd1",
+        help="Stable Diffusion 1.x (default), 2.x for 512 pixels, 2.x for 768 pixels, SDXL, the SDXL refiner",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights (default 0)")
     given = parser.parse_args(argv)
     if given.path.exists():
@@ -28,6 +34,6 @@ def main(argv: Sequence[str]) -> int:
     from sd_train.demo.tiny_model import save_tiny_model
 
     quiet_libraries()
-    save_tiny_model(given.path, given.seed)
+    save_tiny_model(given.path, given.seed, given.family)
     print(f"wrote {given.path}")
     return 0

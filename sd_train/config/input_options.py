@@ -14,16 +14,30 @@ class ModelOptions(Group):
     """The base model."""
 
     pretrained_model_name_or_path: str = Field(
-        description="Stable Diffusion 1.x model: one .safetensors or .ckpt file, or a diffusers folder.",
+        description="Stable Diffusion 1.x, 2.x or SDXL model: one .safetensors or .ckpt file, a diffusers folder, or a "
+        "hub id (owner/name).",
+    )
+    v2: bool = Field(False, description="The model is a Stable Diffusion 2.x one; it is recognised without.")
+    v_parameterization: bool | None = Field(
+        None,
+        description="The model predicts v and not the noise; not given: as its file or scheduler says.",
+    )
+    sdxl: bool = Field(False, description="The model is an SDXL one; it is recognised without.")
+    vae: str | None = Field(
+        None, description="Autoencoder in place of the model's own: a file, a diffusers folder or a whole checkpoint."
     )
     clip_skip: int | None = Field(
         None,
         ge=1,
-        description="Use the text encoder's n-th hidden state from the end; not given: 1, the last.",
+        description="Use the text encoder's n-th hidden state from the end; not given: the last, SDXL the last but "
+        "one.",
     )
     max_token_length: Literal[75, 150, 225] | None = Field(
         None,
         description="Longest caption in tokens, in chunks of 75; not given: 75.",
+    )
+    weighted_captions: bool = Field(
+        False, description="Captions weight their words: (more), [less], (word:1.3), as in A1111."
     )
 
 

@@ -36,6 +36,9 @@ class NetworkOptions(Group):
     text_encoder_lr: SingleRate = Field(
         None, ge=0, le=1e6, description="Learning rate of the text encoder; not given: learning_rate; 0 leaves it out."
     )
+    output_lora_format: Literal["kohya", "diffusers"] = Field(
+        "kohya", description="Names in the saved file: kohya's, which every program reads, or diffusers' (PEFT)."
+    )
     training_comment: str | None = Field(None, description="Text kept in the metadata of the saved file.")
     no_metadata: bool = Field(False, description="Save without ss_* metadata.")
 

@@ -38,10 +38,25 @@ class NoiseSchedule:
         """The same schedule with its table on `device`."""
         return NoiseSchedule(self.alphas_cumprod.to(device))
 
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """The schedule shifted and scaled so that x_T is pure noise (Lin et al. 2023, algorithm 1)."""
+        roots = self.alphas_cumprod.sqrt()
+        first, last = roots[0], roots[-1]
+        return NoiseSchedule(((roots - last) * (first / (first - last))) ** 2)
+
+    def velocity(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0; shapes as `add_noise` (Salimans & Ho 2022, section 4)."""
+        abar = self._at(x0, timesteps)
+        return abar.sqrt() * noise - (1.0 - abar).sqrt() * x0
+
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; [B, ...] twice, [B] -> [B, ...] (Ho et al. 2020, eq. 4)."""
-        abar = self.alphas_cumprod[timesteps].view(-1, *[1] * (x0.dim() - 1))
+        abar = self._at(x0, timesteps)
         return abar.sqrt() * x0 + (1.0 - abar).sqrt() * noise
+
+    def _at(self, x0: Tensor, timesteps: Tensor) -> Tensor:
+        """[B] -> abar of each sample, to multiply rows of `x0` with."""
+        return self.alphas_cumprod[timesteps].view(-1, *[1] * (x0.dim() - 1))
 
 
 @dataclass(frozen=True)

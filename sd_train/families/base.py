@@ -4,42 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sd_train.diffusion.schedule import NoiseSchedule
 from sd_train.families.keys import LoraTarget
+from sd_train.families.specs import LatentSpec
+from sd_train.families.text import TextEncoder, TextOptions
 from sd_train.types import Conditioning, Geometry
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
-
-@dataclass(frozen=True)
-class LatentSpec:
-    """How a picture becomes latents."""
-
-    channels: int
-    factor: int
-    """Pixels for each latent, along a side."""
-    scale: float
-    """What latents are multiplied with, so that their standard deviation is about one."""
-
-    def shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(channels, rows, columns) of a `width` x `height` picture's latents."""
-        return self.channels, height // self.factor, width // self.factor
+    from sd_train.families.parts import ModelParts
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes, as hexadecimal digits."""
+    """SHA-256 over every tensor's name, shape and values (as float32), as hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -48,9 +35,13 @@ class Family(Protocol):
 
     name: str
     networks: dict[str, nn.Module]
-    """Trainable candidates by role: "unet", "text_encoder"."""
+    """Trainable candidates by role: "unet", "text_encoder", "text_encoder_2"."""
+    text_encoders: dict[str, TextEncoder]
+    """By role, with their tokenizers; the networks are those of `networks`."""
     schedule: NoiseSchedule
     prediction: Literal["epsilon", "v_prediction", "sample"]
+    zero_terminal_snr: bool
+    """Whether the schedule ends in pure noise (Lin et al. 2023)."""
     base_version: str
     """`ss_base_model_version`, e.g. sd_v1."""
     architecture: str
@@ -63,8 +54,8 @@ class Family(Protocol):
         """None where latents are vectors without a picture's shape."""
         ...
 
-    def configure(self, clip_skip: int | None, max_token_length: int | None) -> None:
-        """How captions are encoded: `--clip_skip`, `--max_token_length`."""
+    def configure(self, options: TextOptions) -> None:
+        """How captions are encoded from now on."""
         ...
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Family:
@@ -113,8 +104,8 @@ class Family(Protocol):
         """The denoiser's output, of the shape of `noisy`."""
         ...
 
-    def prompt_arguments(self, prompt: str, negative: str) -> dict[str, Tensor]:
-        """What the pipeline is called with in place of a prompt and a negative prompt."""
+    def prompt_arguments(self, prompt: str, negative: str, width: int, height: int) -> dict[str, Any]:
+        """What the pipeline is called with in place of a prompt and a negative prompt, for a picture of that size."""
         ...
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -125,6 +116,6 @@ class Family(Protocol):
         """diffusers' pipeline around our modules, for previews."""
         ...
 
-    def save(self, path: Path, overrides: Mapping[str, Tensor]) -> None:
-        """Write the whole model to `path`; `overrides` replace weights by their published names."""
+    def parts(self) -> ModelParts:
+        """The live networks as a model that can be saved, under published names."""
         ...

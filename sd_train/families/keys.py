@@ -6,8 +6,9 @@ dropped `text_model.` inside CLIP), published files keep the old names.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -29,12 +30,23 @@ class ModuleName(NamedTuple):
 
 @dataclass(frozen=True)
 class UNetShape:
-    """What the names of a Stable Diffusion U-Net depend on."""
+    """What the names of a Stable Diffusion U-Net depend on; the default is Stable Diffusion 1.x and 2.x."""
 
-    down_attention: tuple[int, ...] = (1, 1, 1, 0)
-    """Transformer blocks in each attention of each level; 0: no attention."""
-    layers: int = 2
-    mid_attention: int = 1
+    down: tuple[tuple[int, ...], ...] = ((1, 1), (1, 1), (1, 1), (0, 0))
+    """Transformer blocks behind each residual block of each level, from the largest picture on; 0: no attention."""
+    up: tuple[tuple[int, ...], ...] = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+    """The same on the way up, from the smallest picture on."""
+    mid: int = 1
+    """Transformer blocks in the middle; -1: one residual block alone, -2: nothing."""
+    added: bool = False
+    """Told sizes and a pooled text, as SDXL is."""
+    guided: bool = False
+    """Told the guidance scale, as LCM's U-Nets are."""
+
+    @property
+    def layers(self) -> int:
+        """Residual blocks of each level on the way down."""
+        return len(self.down[0])
 
 
 _RESNET = (
@@ -69,39 +81,111 @@ def _attention(original: str, diffusers: str, depth: int) -> list[ModuleName]:
 
 def unet_modules(shape: UNetShape) -> list[ModuleName]:
     """Every module of the U-Net that can hold parameters; `conv_shortcut` only exists where the width changes."""
-    levels = len(shape.down_attention)
     names = [
         ModuleName("time_embed.0", "time_embedding.linear_1", "other", True),
         ModuleName("time_embed.2", "time_embedding.linear_2", "other", True),
-        ModuleName("input_blocks.0.0", "conv_in", "other", True),
     ]
+    if shape.guided:
+        # The original has no such U-Net; the name follows its neighbours.
+        names.append(ModuleName("time_embed.cond_proj", "time_embedding.cond_proj", "other", True))
+    if shape.added:
+        names.append(ModuleName("label_emb.0.0", "add_embedding.linear_1", "other", True))
+        names.append(ModuleName("label_emb.0.2", "add_embedding.linear_2", "other", True))
+    names.append(ModuleName("input_blocks.0.0", "conv_in", "other", True))
     block = 1
-    for level, depth in enumerate(shape.down_attention):
-        for layer in range(shape.layers):
+    for level, depths in enumerate(shape.down):
+        for layer, depth in enumerate(depths):
             names += _resnet(f"input_blocks.{block}.0", f"down_blocks.{level}.resnets.{layer}")
             if depth:
                 names += _attention(f"input_blocks.{block}.1", f"down_blocks.{level}.attentions.{layer}", depth)
             block += 1
-        if level < levels - 1:
+        if level < len(shape.down) - 1:
             sampler = f"down_blocks.{level}.downsamplers.0.conv"
             names.append(ModuleName(f"input_blocks.{block}.0.op", sampler, "sampler", True))
             block += 1
-    names += _resnet("middle_block.0", "mid_block.resnets.0")
-    names += _attention("middle_block.1", "mid_block.attentions.0", shape.mid_attention)
-    names += _resnet("middle_block.2", "mid_block.resnets.1")
+    if shape.mid >= -1:
+        names += _resnet("middle_block.0", "mid_block.resnets.0")
+    if shape.mid >= 0:
+        names += _attention("middle_block.1", "mid_block.attentions.0", shape.mid)
+        names += _resnet("middle_block.2", "mid_block.resnets.1")
     block = 0
-    for level, depth in enumerate(reversed(shape.down_attention)):
-        for layer in range(shape.layers + 1):
+    for level, depths in enumerate(shape.up):
+        for layer, depth in enumerate(depths):
             names += _resnet(f"output_blocks.{block}.0", f"up_blocks.{level}.resnets.{layer}")
             if depth:
                 names += _attention(f"output_blocks.{block}.1", f"up_blocks.{level}.attentions.{layer}", depth)
-            if level < levels - 1 and layer == shape.layers:
+            if level < len(shape.up) - 1 and layer == len(depths) - 1:
                 original = f"output_blocks.{block}.{2 if depth else 1}.conv"
                 names.append(ModuleName(original, f"up_blocks.{level}.upsamplers.0.conv", "sampler", True))
             block += 1
     names.append(ModuleName("out.0", "conv_norm_out", "other", False))
     names.append(ModuleName("out.2", "conv_out", "other", True))
     return names
+
+
+def unet_shape_of(config: Mapping[str, Any]) -> UNetShape:
+    """The names' shape from a diffusers U-Net configuration."""
+    kinds, other_kinds = config["down_block_types"], config["up_block_types"]
+    levels = len(kinds)
+    layers = _each(config.get("layers_per_block", 2), levels)
+    depths = _each(config.get("transformer_layers_per_block", 1), levels)
+    reverse = config.get("reverse_transformer_layers_per_block")
+    back = depths[::-1] if reverse is None else _each(reverse, levels)
+    down = tuple(
+        tuple(_each(depth if "CrossAttn" in kind else 0, count))
+        for kind, depth, count in zip(kinds, depths, layers, strict=True)
+    )
+    up = tuple(
+        tuple(_each(depth if "CrossAttn" in kind else 0, count + 1))
+        for kind, depth, count in zip(other_kinds, back, layers[::-1], strict=True)
+    )
+    middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    last = depths[-1]
+    mid = -2 if middle is None else -1 if middle == "UNetMidBlock2D" else last if isinstance(last, int) else last[-1]
+    added = config.get("addition_embed_type") == "text_time"
+    return UNetShape(down, up, mid, added, config.get("time_cond_proj_dim") is not None)
+
+
+def _each(value: Any, count: int) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] * count
+
+
+def unet_shape_of_names(unet: Collection[str]) -> UNetShape:
+    """The names' shape from the tensors' original names.
+
+    Raises:
+        ValueError: if there are no blocks.
+    """
+    inputs, outputs = _depths(unet, "input_blocks"), _depths(unet, "output_blocks")
+    down: list[list[int]] = [[]]
+    for block, depth in sorted(inputs.items()):
+        if f"input_blocks.{block}.0.op.weight" in unet:
+            down.append([])
+        elif block:
+            down[-1].append(depth)
+    up: list[list[int]] = [[]]
+    for block, depth in sorted(outputs.items()):
+        up[-1].append(depth)
+        if any(f"output_blocks.{block}.{place}.conv.weight" in unet for place in (1, 2)):
+            up.append([])
+    if not all((*down, *up)):
+        raise ValueError("its blocks are not those of a Stable Diffusion U-Net")
+    mid = _depths(unet, "middle_block").get(1, 0) or (-1 if "middle_block.0.in_layers.0.weight" in unet else -2)
+    added, guided = "label_emb.0.0.weight" in unet, "time_embed.cond_proj.weight" in unet
+    return UNetShape(tuple(map(tuple, down)), tuple(map(tuple, up)), mid, added, guided)
+
+
+def _depths(unet: Iterable[str], blocks: str) -> dict[int, int]:
+    """Number of transformer blocks in each of `blocks`."""
+    found: dict[int, int] = {}
+    inner = 2 if blocks == "middle_block" else 3
+    for name in unet:
+        path = name.split(".")
+        if path[0] == blocks:
+            block = int(path[1])
+            deep = int(path[inner + 1]) + 1 if path[inner : inner + 1] == ["transformer_blocks"] else 0
+            found[block] = max(found.get(block, 0), deep)
+    return found
 
 
 _VAE_RESNET = (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"))
@@ -178,12 +262,25 @@ class LoraTarget(NamedTuple):
     path: str
 
 
-def unet_lora_targets(shape: UNetShape) -> list[LoraTarget]:
-    """The linear layers and 1x1 convolutions inside the U-Net's attentions (sd-scripts: Transformer2DModel)."""
+def unet_lora_targets(
+    shape: UNetShape, original_names: bool = False, convolutions: bool = False
+) -> list[LoraTarget]:
+    """The linear layers and 1x1 convolutions inside the U-Net's attentions (sd-scripts: Transformer2DModel).
+
+    Args:
+        shape: what the names depend on.
+        original_names: keys after the original checkpoint's names, as for SDXL (`lora_unet_input_blocks_4_1_...`), not
+            after diffusers' (`lora_unet_down_blocks_0_...`).
+        convolutions: also everything inside residual blocks and the down- and upsamplers, as with sd-scripts'
+            `conv_dim` (ResnetBlock2D, Downsample2D, Upsample2D). Residual blocks whose width does not change have no
+            `conv_shortcut`; it is listed nevertheless.
+    """
+    kinds = {"attention", "resnet", "sampler"} if convolutions else {"attention"}
+    chosen = [name for name in unet_modules(shape) if name.kind in kinds and name.matrix]
+    keys = [name.original if original_names else name.diffusers for name in chosen]
     return [
-        LoraTarget("lora_unet_" + name.diffusers.replace(".", "_"), name.diffusers)
-        for name in unet_modules(shape)
-        if name.kind == "attention" and name.matrix
+        LoraTarget("lora_unet_" + key.replace(".", "_"), name.diffusers)
+        for key, name in zip(keys, chosen, strict=True)
     ]
 
 

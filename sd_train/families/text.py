@@ -4,52 +4,105 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sd_train.families.weighting import Piece, split_weights
+
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 CHUNK = 75
 """Tokens between the start and end tokens of one pass through CLIP."""
 
+Weighting = Literal["none", "plain", "mean"]
+"""What brackets in a text do. "none": they are text. "plain": each hidden state is multiplied by its token's weight, as
+sd-scripts trains with `--weighted_captions`. "mean": the same, then the mean over all states is put back to what it was
+before, as A1111's web UI and sd-scripts make pictures."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How captions are encoded."""
+
+    clip_skip: int | None = None
+    """Which hidden state from the end is used, as A1111 counts; None is what the family was trained with."""
+    max_token_length: int | None = None
+    """75 (also None), 150 or 225 tokens of each caption."""
+    weighted_captions: bool = False
+    """Whether brackets weigh the tokens in them."""
+
+    @property
+    def chunks(self) -> int:
+        """Passes through the text encoder for each caption."""
+        return (self.max_token_length or CHUNK) // CHUNK
+
+
+class Tokens(NamedTuple):
+    """Texts as the text encoder takes them."""
+
+    ids: Tensor
+    """[B, chunks, 77], int64."""
+    weights: Tensor
+    """[B, chunks, 77], float32; 1 for start, end and padding."""
+
 
 @dataclass
 class ChunkTokenizer:
-    """Cuts captions into chunks of 75 tokens, each between its own start and end token (sd-scripts' rule)."""
+    """Cuts texts into chunks of 75 tokens, each between its own start and end token (sd-scripts' rule)."""
 
     tokenizer: CLIPTokenizer
-    _known: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _known: dict[tuple[str, int, bool], Tokens] = field(default_factory=dict)
 
-    def length(self, caption: str) -> int:
-        """Number of tokens, without start and end."""
-        return len(self.tokenizer(caption, add_special_tokens=False)["input_ids"])
+    def length(self, text: str, weighted: bool = False) -> int:
+        """Number of tokens, without start and end; `weighted`: brackets are weights and no text."""
+        return sum(len(self._ids(piece.text)) for piece in _pieces(text, weighted))
 
-    def chunks_for(self, captions: Sequence[str], limit: int) -> int:
-        """Chunks that hold the longest of `captions`, at most `limit`."""
-        return max(1, min(limit, max(-(-self.length(caption) // CHUNK) for caption in captions)))
+    def chunks_for(self, texts: Sequence[str], limit: int, weighted: bool = False) -> int:
+        """Chunks that hold the longest of `texts`, at most `limit`."""
+        return max(1, min(limit, max(-(-self.length(text, weighted) // CHUNK) for text in texts)))
 
-    def __call__(self, captions: Sequence[str], chunks: int) -> Tensor:
-        """[B] captions -> [B, `chunks`, 77] token ids; what does not fit is cut off."""
-        return torch.stack([self._tokens(caption, chunks) for caption in captions])
+    def __call__(self, texts: Sequence[str], chunks: int, weighted: bool = False) -> Tokens:
+        """[B] texts -> [B, `chunks`, 77] tokens; what does not fit is cut off."""
+        found = [self._tokens(text, chunks, weighted) for text in texts]
+        return Tokens(torch.stack([row.ids for row in found]), torch.stack([row.weights for row in found]))
 
-    def _tokens(self, caption: str, chunks: int) -> Tensor:
+    def _tokens(self, text: str, chunks: int, weighted: bool) -> Tokens:
         # Captions come back every epoch; shuffled ones are many, so the table is emptied before it grows large.
-        key = (caption, chunks)
+        key = (text, chunks, weighted)
         if (found := self._known.get(key)) is None:
             if len(self._known) >= 65536:
                 self._known.clear()
-            found = self._known[key] = self._cut(caption, chunks)
+            found = self._known[key] = self._cut(text, chunks, weighted)
         return found
 
-    def _cut(self, caption: str, chunks: int) -> Tensor:
-        length = chunks * CHUNK
-        ids = self.tokenizer(caption, padding="max_length", truncation=True, max_length=length + 2)["input_ids"]
-        rows = torch.tensor(ids[1:-1]).view(chunks, CHUNK)
-        start, end = torch.tensor(ids[0]).expand(chunks, 1), torch.tensor(ids[-1]).expand(chunks, 1)
-        return torch.cat([start, rows, end], dim=1)
+    def _cut(self, text: str, chunks: int, weighted: bool) -> Tokens:
+        """Chunks are padded behind their end token, so the second of two may be start, end and padding alone."""
+        ids: list[int] = []
+        weights: list[float] = []
+        for piece in _pieces(text, weighted):
+            found = self._ids(piece.text)
+            ids += found
+            weights += [piece.weight] * len(found)
+        known: Any = self.tokenizer
+        start, end, pad = known.bos_token_id, known.eos_token_id, known.pad_token_id
+        rows, scales = [], []
+        for first in range(0, chunks * CHUNK, CHUNK):
+            inner = ids[first : first + CHUNK]
+            empty = CHUNK - len(inner)
+            rows.append([start, *inner, end, *[pad] * empty])
+            scales.append([1.0, *weights[first : first + CHUNK], 1.0, *[1.0] * empty])
+        return Tokens(torch.tensor(rows), torch.tensor(scales))
+
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+
+def _pieces(text: str, weighted: bool) -> list[Piece]:
+    return split_weights(text) if weighted else [Piece(text, 1.0)]
 
 
 def clip_transformer(encoder: nn.Module) -> nn.Module:
@@ -59,24 +112,75 @@ def clip_transformer(encoder: nn.Module) -> nn.Module:
     return inner
 
 
-def encode_chunks(encoder: CLIPTextModel, ids: Tensor, clip_skip: int | None) -> Tensor:
-    """[B, chunks, 77] token ids -> [B, 75 * chunks + 2, width] hidden states.
+class EncodedText(NamedTuple):
+    """What one text encoder makes of texts."""
 
-    `clip_skip` n takes the n-th hidden state from the end; the final layer norm is applied to it as well, as
-    A1111 and sd-scripts do. Chunks are joined without the start and end tokens between them.
-    """
-    batch, chunks, length = ids.shape
-    deep = clip_skip is not None and clip_skip > 1
-    output = encoder(ids.view(batch * chunks, length), output_hidden_states=deep)
-    if deep:
-        assert clip_skip is not None
-        norm = clip_transformer(encoder).get_submodule("final_layer_norm")
-        states = norm(output.hidden_states[-clip_skip])
-    else:
-        states = output.last_hidden_state
-    if chunks > 1:
-        states = states.view(batch, chunks, length, -1)
-        inner = states[:, :, 1:-1].reshape(batch, chunks * CHUNK, -1)
-        states = torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)
-    assert isinstance(states, Tensor)
-    return states
+    states: Tensor
+    """[B, 75 * chunks + 2, width]."""
+    pooled: Tensor | None
+    """[B, projection width], of the first chunk; None of encoders without a projection."""
+
+
+@dataclass
+class TextEncoder:
+    """One CLIP text encoder with its tokenizer, and which of its hidden states are used."""
+
+    network: CLIPTextModel | CLIPTextModelWithProjection
+    tokenizer: ChunkTokenizer
+    final_norm: bool
+    """Whether the final layer norm is applied to the states: in Stable Diffusion 1.x and 2.x, not in SDXL."""
+    layer: int = 1
+    """The hidden state from the end; 1 is the last one."""
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        count: int = self.network.config.num_hidden_layers
+        return count
+
+    def __call__(self, texts: Sequence[str], chunks: int, weighting: Weighting) -> EncodedText:
+        """[B] texts -> states and pooled states; with gradients where they are switched on.
+
+        Chunks are joined without the start and end tokens between them. The pooled state is the last layer's at the
+        first chunk's first end token, after norm and projection, whatever `layer` is (Podell et al. 2023; sd-scripts:
+        the first chunk of long captions).
+        """
+        tokens = self.tokenizer(texts, chunks, weighting != "none")
+        network: Any = self.network
+        batch, _, length = tokens.ids.shape
+        ids = tokens.ids.view(batch * chunks, length).to(network.device)
+        plain = self.layer == 1 and self.final_norm
+        output = network(ids, output_hidden_states=not plain)
+        if plain:
+            states = output.last_hidden_state
+        else:
+            states = output.hidden_states[-self.layer]
+            if self.final_norm:
+                states = clip_transformer(network).get_submodule("final_layer_norm")(states)
+        states = _joined(states.view(batch, chunks, length, -1))
+        if weighting != "none":
+            states = _weighted(states, _joined(tokens.weights.unsqueeze(-1).to(states.device)), weighting)
+        pooled = None
+        if hasattr(network, "text_projection"):
+            ends = (ids == self.tokenizer.tokenizer.eos_token_id).int().argmax(dim=1)
+            at_end = output.last_hidden_state[torch.arange(len(ids), device=ids.device), ends]
+            pooled = network.text_projection(at_end[::chunks])
+        return EncodedText(states, pooled)
+
+
+def _joined(rows: Tensor) -> Tensor:
+    """[B, chunks, 77, n] -> [B, 75 * chunks + 2, n]: the first start, what is between, the last end."""
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    return torch.cat([rows[:, 0, :1], rows[:, :, 1:-1].flatten(1, 2), rows[:, -1, -1:]], dim=1)
+
+
+def _weighted(states: Tensor, weights: Tensor, weighting: Weighting) -> Tensor:
+    """[B, tokens, width] times [B, tokens, 1]."""
+    if bool((weights == 1).all()):
+        return states
+    weighed = states * weights.to(states.dtype)
+    if weighting == "mean":
+        before, after = (part.float().mean(dim=(1, 2), keepdim=True) for part in (states, weighed))
+        weighed = weighed * (before / after).to(states.dtype)
+    return weighed

@@ -1,4 +1,4 @@
-"""The denoising objective: predict what was added to the latents (Ho et al. 2020)."""
+"""The denoising objective: predict the noise (Ho et al. 2020), or the velocity (Salimans & Ho 2022)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sd_train.types import Batch
 
 
 class Denoise:
-    """Epsilon prediction with mean squared error."""
+    """What the family predicts, with mean squared error."""
 
     needs: frozenset[str] = frozenset()
 
@@ -43,7 +43,17 @@ class Denoise:
             conditioning = family.condition(texts, images, batch.geometry)
             prediction = family.predict(noisy, timesteps, conditioning)
         mask = None if batch.mask is None else move(batch.mask)
-        return mean_squared_error(prediction, noise, mask) * move(batch.weight)
+        return mean_squared_error(prediction, self._target(latents, noise, timesteps), mask) * move(batch.weight)
+
+    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What a perfect denoiser answers on average, [B, ...]."""
+        match self.family.prediction:
+            case "epsilon":
+                return noise
+            case "v_prediction":
+                return self.family.schedule.velocity(latents, noise, timesteps)
+            case "sample":
+                return latents
 
     def after_step(self) -> None:
         """Nothing is kept between updates."""

@@ -20,8 +20,8 @@ from sd_train.randomness import derive
 from sd_train.trainables.base import ParamGroup
 from sd_train.types import Batch, Update
 
-GROUP_NAMES = {"text_encoder": "textencoder", "unet": "unet"}
-"""Network role -> the name that sd-scripts logs its learning rate under."""
+GROUP_NAMES = {"text_encoder": "textencoder", "text_encoder_2": "textencoder2", "unet": "unet"}
+"""Network role -> the name that its learning rate is logged under (sd-scripts' for the first two kinds)."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,13 @@ def describe_network(tensors: Mapping[str, Tensor]) -> str:
 
 def without_roles(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
     """`tensors` without those of networks that `lora` does not train."""
-    prefixes = tuple("lora_unet_" if role == "unet" else "lora_te" for role in lora.modules)
-    return {name: t for name, t in tensors.items() if name.startswith(prefixes) or not name.startswith("lora_")}
+    # "lora_unet", "lora_te", "lora_te1" or "lora_te2".
+    kinds = {"_".join(key.split("_")[:2]) for modules in lora.modules.values() for key in modules}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("lora_") or "_".join(name.split("_")[:2]) in kinds
+    }
 
 
 def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], strict: bool) -> list[str]:

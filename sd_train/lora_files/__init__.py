@@ -1,0 +1,1 @@
+"""LoRA files of every program: read, checked, converted, merged, resized and extracted."""
