@@ -78,8 +78,10 @@ def _fill_texts(prepared: Prepared, family: Family) -> None:
         with device.autocast():
             return family.encode_texts(texts)
 
-    with tqdm(desc="caching captions", unit="caption", total=len(captions), disable=not device.is_main) as bar:
-        if not chosen.cache_text_encoder_outputs_to_disk:
+    on_disk = chosen.cache_text_encoder_outputs_to_disk
+    share = len(captions[device.rank :: device.world]) if on_disk else len(captions)
+    with tqdm(desc="caching captions", unit="caption", total=share, disable=not device.is_main) as bar:
+        if not on_disk:
             memory = MemoryTexts()
             memory.fill(captions, TextFill(encode, bar.update))
             updates.texts = memory
@@ -89,4 +91,6 @@ def _fill_texts(prepared: Prepared, family: Family) -> None:
         disk.fill(captions, TextFill(encode, bar.update, device.rank, device.world))
     device.barrier()
     disk.ready()
+    for note in disk.notes if device.is_main else ():
+        say_line(note)
     updates.texts = disk

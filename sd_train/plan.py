@@ -53,11 +53,12 @@ class Plan:
     warmup_steps: int
     rates: dict[str, float]
     """Learning rate by network role; roles that learn nothing are missing."""
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples of the first epoch with repeats, regularisation images included."""
-        return sum(round(float(index.repeats.sum())) for index in self.indexes)
+    samples_per_epoch: int
+    """Planned samples of the first epoch with repeats, regularisation images included."""
+    filled: int
+    """Copies among the first epoch's rows, which fill short batches."""
+    carried: int
+    """Planned samples of the first epoch that wait for batches of later ones."""
 
 
 def learning_rates(config: RunConfig) -> dict[str, float]:
@@ -100,6 +101,9 @@ def make_plan(
         epochs=updates.epoch_of(total - 1)[0] + 1,
         warmup_steps=schedule.warmup_steps,
         rates=learning_rates(config),
+        samples_per_epoch=sum(int(updates.order.counts(number, 0).sum()) for number in range(len(updates.indexes))),
+        filled=updates.order.filled_in(0),
+        carried=updates.order.carried_after(0),
     )
 
 

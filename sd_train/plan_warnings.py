@@ -28,6 +28,7 @@ def plan_warnings(prepared: Prepared) -> list[str]:
         every = getattr(config.saving if name.startswith("save") else config.sampling, name)
         if every is not None and every > plan.total_steps:
             warnings.append(f"--{name} = {every} has no effect: the training has {plan.total_steps} updates")
+    warnings += _epoch_intervals(prepared)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != config.training.mixed_precision and "mixed_precision" not in given and launched != "no":
         warnings.append(
@@ -42,4 +43,26 @@ def plan_warnings(prepared: Prepared) -> list[str]:
         if later:
             shown = ", ".join(later[:4])
             warnings.append(f"{shown}: saved at later steps than this run goes on from; it replaces what it gets to")
+    return warnings
+
+
+def _epoch_intervals(prepared: Prepared) -> list[str]:
+    """Intervals in epochs that come due never, or after an epoch that has no update."""
+    config, plan, updates = prepared.config, prepared.plan, prepared.updates
+    given = {"save_every_n_epochs": config.saving.save_every_n_epochs}
+    if prepared.prompts:
+        given["sample_every_n_epochs"] = config.sampling.sample_every_n_epochs
+    warnings = []
+    for name, every in given.items():
+        if every is None:
+            continue
+        due = range(every, plan.epochs + 1, every)
+        empty = [] if updates.order.constant else [epoch for epoch in due if not updates.updates_in(epoch - 1)]
+        if not due:
+            warnings.append(f"--{name} = {every} has no effect: the training has {plan.epochs} epochs")
+        elif empty:
+            warnings.append(
+                f"--{name} = {every}: nothing comes after {len(empty)} of its {len(due)} epochs, the first is number "
+                f"{empty[0]}: they complete no batch; give it in steps, or raise num_repeats"
+            )
     return warnings

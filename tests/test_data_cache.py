@@ -30,7 +30,7 @@ from sd_train.data.shards import read_head
 from sd_train.data.store import RowStore, default_cache_dir, key_array
 from sd_train.errors import ConfigError, DataError, RunError
 
-NPZ = Path(__file__).parent / "data" / "latents_npz"
+NPZ = Path(__file__).parent / "data" / "conformance" / "latents_npz"
 GOLDEN = {"sd15_new_0300x0200_sd": (300, 200), "sd15_alpha_0130x0130_sd": (130, 130)}
 
 

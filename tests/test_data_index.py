@@ -15,13 +15,11 @@ from PIL import Image
 from sd_train.data.batches import BatchSettings, Updates
 from sd_train.data.captions import sample_caption
 from sd_train.data.images import sample_view
-from sd_train.data.index import ImageIndex, Indexes, IndexOptions, balance, build_indexes
+from sd_train.data.index import ImageIndex, Indexes, IndexOptions, build_indexes
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.diffusion.schedule import Draws
 from sd_train.errors import DataError
 from sd_train.types import Progress
-
-REG = json.loads((Path(__file__).parent / "data/dataset_reg.json").read_text(encoding="utf-8"))["cases"]
 
 
 def put(folder: Path, name: str, size: tuple[int, int] = (64, 64), caption: str | None = None, **save: Any) -> None:
@@ -100,13 +98,6 @@ def test_size_follows_the_exif_orientation(tmp_path: Path, name: str, orientatio
     exif[0x0112] = orientation
     put(tmp_path, name, (100, 50), exif=exif)
     assert index(subset(tmp_path, class_tokens="x")).record(0).size == ((50, 100) if orientation > 4 else (100, 50))
-
-
-@pytest.mark.parametrize("case", REG)
-def test_regularisation_is_balanced_as_sd_scripts_does(case: dict[str, Any]) -> None:
-    own = [group["repeats"] for group in case["reg"] for _ in range(group["images"])]
-    expected = [count for group in case["reg_final_repeats"] for count in group]
-    assert balance(own, case["num_train_images"]).tolist() == expected
 
 
 def test_regularisation_images_in_the_index(tmp_path: Path) -> None:

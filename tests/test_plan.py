@@ -30,7 +30,8 @@ def plan_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[st
 @pytest.mark.parametrize("number", range(5))
 def test_the_run_equals_its_plan(tiny_model: Path, tmp_path: Path, number: int) -> None:
     """`tools/check_plan.py` compares more."""
-    assert differences(make_words(tmp_path, random.Random(1000 + number), tiny_model)) == []
+    part = 0.4 if number % 2 else 1.0
+    assert differences(make_words(tmp_path, random.Random(1000 + number), tiny_model), part) == []
 
 
 def test_plan_lists_images_buckets_and_saves(

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     if as_json:
         print(json.dumps(
             [{"path": path, "repeats": repeats, "shown": list(map(asdict, times))} for path, repeats, times in found],
-            indent=1, ensure_ascii=False,
+            indent=1,
         ))  # fmt: skip
         return 0
     say_line(f"seed: {prepared.progress.seed}")

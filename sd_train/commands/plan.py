@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
     prepared = prepare(config)
     if len(words) < len(argv):
-        print(json.dumps(plan_json(prepared), indent=1, ensure_ascii=False))
+        print(json.dumps(plan_json(prepared), indent=1))
         return 0
     for warning in plan_warnings(prepared):
         warn_line(warning)

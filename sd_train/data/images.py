@@ -128,11 +128,10 @@ def sample_view(record: ImageRecord, seed: int, epoch: int, repeat: int) -> View
     rng = stream(seed, "image", epoch, record.key, repeat)
     flip = subset.flip_aug and rng.random() < 0.5
     colour = draw_colour(stream(seed, "colour", epoch, record.key, repeat)) if subset.color_aug else None
-    face = face_in_name(record.path.stem, record.size) if subset.face_crop_aug_range is not None else None
-    if face is not None and subset.face_crop_aug_range is not None:
-        placed = place_on_face(
-            rng, face, record.size, record.bucket, subset.face_crop_aug_range, random_crop=subset.random_crop
-        )
+    span = None if record.bucketed else subset.face_crop_aug_range
+    face = face_in_name(record.path.stem, record.size) if span is not None else None
+    if face is not None and span is not None:
+        placed = place_on_face(rng, face, record.size, record.bucket, span, random_crop=subset.random_crop)
         return View(placed.resized, placed.crop, flip, colour)
     if not subset.random_crop:
         return View(record.resized, crop_box(record.resized, record.bucket), flip, colour)

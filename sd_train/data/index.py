@@ -97,6 +97,7 @@ class ImageIndex:
             weight=float(self.weights[number]),
             is_reg=subset.is_reg,
             mask=subset.conditioning_data_dir / mask if mask and subset.conditioning_data_dir else None,
+            bucketed=self.dataset.enable_bucket,
         )
 
     @property
