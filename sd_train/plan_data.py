@@ -40,6 +40,7 @@ def read_datasets(config: RunConfig, seed: int) -> tuple[tuple[DatasetConfig, ..
         skip_broken_images=chosen.skip_broken_images,
         cache_dir=chosen.cache_dir or default_cache_dir(),
         trust_index=chosen.trust_index,
+        caches_latents=caches_latents(config),
     )
     return datasets, build_indexes(datasets, options)
 

@@ -307,6 +307,9 @@ def test_face_crop_is_centred_or_shifted(tmp_path: Path) -> None:
     assert [sample_view(plain, 0, epoch, 0).resized for epoch in range(3)] == [(213, 128)] * 3
     plain = replace(plain, subset=replace(plain.subset, face_crop_aug_range=None))
     assert [sample_view(plain, 0, epoch, 0).flip for epoch in range(300)] == [view.flip for view in views]
+    # With buckets faces are not cropped, as in sd-scripts.
+    bucketed = replace(girl, bucketed=True)
+    assert sample_view(bucketed, 0, 0, 0) == View((213, 128), (42, 0), False)
     wild = replace(girl, subset=replace(subset, random_crop=True))
     lefts = [sample_view(wild, 0, epoch, 0).crop[0] for epoch in range(300)]
     assert (min(lefts), max(lefts)) == (pytest.approx(0, abs=40), 512)

@@ -368,3 +368,35 @@ def test_validation_keeps_away_from_what_is_not_split(tmp_path: Path) -> None:
     found = built(dataset(subset(tmp_path / "one"), validation_split=0.5), dataset(subset(tmp_path / "whole")))
     assert found.validation == ()
     assert "validation_split = 0.5 keeps no image" in found.training[0].warnings[0]
+
+
+def test_images_that_are_left_out_are_not_said_to_lack_captions(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        put(tmp_path, f"{name}.bmp", caption="x" if name == "a" else None)
+    cut = (tmp_path / "b.bmp").read_bytes()[:-100]
+    (tmp_path / "b.bmp").write_bytes(cut)
+    (tmp_path / "d.bmp").write_bytes(cut)
+    (tmp_path / "d.txt").write_bytes(b"\xfc")
+    found = built(dataset(subset(tmp_path, class_tokens="frog")), skip_broken_images=True).training[0]
+    assert list(found.keys) == ["a.bmp", "c.bmp"]
+    assert found.warnings[0] == "data.toml:3: 1 of 2 images have no .txt file and are trained with class_tokens " \
+                                "('frog'): c.bmp"
+    assert "2 of 4 images cannot be read and are left out" in found.warnings[1]
+    # An image that is left out needs no caption either.
+    (tmp_path / "c.bmp").write_bytes(cut)
+    found = built(dataset(subset(tmp_path)), skip_broken_images=True).training[0]
+    assert list(found.keys) == ["a.bmp"]
+
+
+def test_captions_of_several_folders_are_counted_each_for_itself(tmp_path: Path) -> None:
+    put(tmp_path / "one", "a.png", caption="red\n\nfirst, note")
+    put(tmp_path / "two", "a.png", caption="blue\nsecond, note")
+    put(tmp_path / "two", "b.png", caption="green\n")
+    found = index(subset(tmp_path / "one"), subset(tmp_path / "two"))
+    assert found.tag_frequency() == {"one": {"red": 1}, "two": {"blue": 1, "green": 1}}
+
+
+def test_captions_in_utf_16_without_mark_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_bytes("a frog".encode("utf-16-le"))
+    assert "a.txt: holds a null character, as text in UTF-16 does; save the file as UTF-8" in refusal(subset(tmp_path))

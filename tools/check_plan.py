@@ -114,7 +114,8 @@ def make_dataset(place: Path, rng: random.Random) -> tuple[Path, list[str]]:
         for part in range(rng.choice((1, 1, 2))):
             folder = place / f"images {number} {part}"
             images = make_folder(folder, rng, rng.randint(2, 7), captions=style != "class", alpha=style == "alpha")
-            subset = {"image_dir": str(folder), "caption_extension": ".txt", **subset_options(rng, cached, "enable_bucket" in dataset)}
+            subset: dict[str, Any] = {"image_dir": str(folder), "caption_extension": ".txt"}
+            subset |= subset_options(rng, cached, "enable_bucket" in dataset)
             if style == "class":
                 subset["class_tokens"] = "sks cat"
             elif style == "alpha":

@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
     from sd_train.report import say_line
 
     prepared = prepare(config)
+    if not prepared.device.is_main:
+        return 0
     found = [
         (path, shown, [*_first(showings(prepared, number, row), None if as_json and most is None else most or 20)])
         for number, index in enumerate(prepared.plan.indexes)

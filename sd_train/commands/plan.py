@@ -15,7 +15,9 @@ repeats, buckets and what they cut off, batches and updates, saves with their si
   COMMAND   train_network
   --json    print everything, image by image, as JSON
 
-For instance: sd-train plan train_network --config_file run.toml"""
+For instance: sd-train plan train_network --config_file run.toml
+
+For several processes, ask as they are started: torchrun --nproc_per_node 2 -m sd_train plan train_network ..."""
 
 TRAINING_COMMANDS = ("train_network",)
 
@@ -43,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     from sd_train.report import say_line, warn_line
 
     prepared = prepare(config)
+    if not prepared.device.is_main:
+        return 0
     if len(words) < len(argv):
         print(json.dumps(plan_json(prepared), indent=1))
         return 0

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_train.data.images import Decoded, decode
+from sd_train.data.npz import stands_alone
 from sd_train.errors import DataError, RunError
 
 Stats = NDArray[np.int64]
@@ -192,6 +193,10 @@ def _name(path: Path) -> bytes:
 
 def _digest_of(path: Path) -> bytes | DataError:
     try:
+        if stands_alone(path):
+            return hashlib.sha256(path.read_bytes()).digest()[:DIGEST_BYTES]
         return content_digest(decode(path))
+    except OSError as problem:
+        return DataError(f"{path}: cannot be read ({problem.strerror}); check the file")
     except DataError as problem:
         return problem

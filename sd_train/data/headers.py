@@ -68,7 +68,8 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         raise DataError(f"{path}: the image has more pixels than Pillow reads; scale it down") from None
     except UnidentifiedImageError:
         raise DataError(f"{path}: no image that Pillow can read; remove it or save it anew as PNG or JPEG") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as problem:
+    # Pillow's reader of AVIF raises RuntimeError.
+    except (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as problem:
         reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
         raise DataError(f"{path}: the image cannot be read ({reason}); remove it or save it anew") from None
 
