@@ -17,7 +17,7 @@ from sd_train.errors import DataError, ModelError, RunError
 from sd_train.families.base import Family
 from sd_train.families.checkpoints import read_tensors
 from sd_train.families.registry import load_family
-from sd_train.files import write_text
+from sd_train.files import probe_folder, write_text
 from sd_train.guard import Guard
 from sd_train.loop import Training, train
 from sd_train.metadata import RunFacts, build_metadata, describe_base
@@ -25,8 +25,8 @@ from sd_train.objectives.denoise import Denoise
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.optim.schedules import make_schedule
 from sd_train.plan import Prepared, plan_fingerprint, prepare
-from sd_train.plan_data import draw_function
-from sd_train.plan_report import describe
+from sd_train.plan_data import draw_function, written_folders
+from sd_train.plan_report import describe, disk_warnings
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line, warn_line
@@ -55,7 +55,7 @@ def run(config: RunConfig) -> int:
     """
     prepared = prepare(config)
     say, warn = (say_line, warn_line) if prepared.device.is_main else (_silent, _silent)
-    for warning in plan_warnings(prepared):
+    for warning in (*plan_warnings(prepared), *disk_warnings(prepared)):
         warn(warning)
     drawn = "" if config.training.seed is not None or prepared.resume else " (drawn; give --seed to choose it)"
     say(f"seed: {prepared.progress.seed}{drawn}")
@@ -65,6 +65,9 @@ def run(config: RunConfig) -> int:
             show_dataset(prepared, say)
         return 0
     quiet_libraries()
+    if prepared.device.is_main:
+        for folder, option in written_folders(config).items():
+            probe_folder(folder, option)
     # Other ranks must have looked at the output folder before this one writes there.
     prepared.device.barrier()
     try:

@@ -44,13 +44,19 @@ def _fill_latents(prepared: Prepared, family: Family) -> None:
         with device.autocast():
             return family.encode_images(device.move(pixels))
 
-    with _together(device), tqdm(desc="caching latents", unit="image", disable=not device.is_main) as bar:
+    share = device.world if chosen.cache_latents_to_disk else 1
+    rank = device.rank if share > 1 else 0
+    total = sum(len(range(rank, len(index), share)) for index in indexes)
+    with (
+        _together(device),
+        tqdm(desc="caching latents", unit="image", total=total, disable=not device.is_main) as bar,
+    ):
         cache.fill(indexes, encode, FillOptions(
             batch_size=chosen.vae_batch_size,
             workers=updates.settings.workers,
             progress=bar.update,
-            rank=device.rank if chosen.cache_latents_to_disk else 0,
-            world=device.world if chosen.cache_latents_to_disk else 1,
+            rank=rank,
+            world=share,
         ))  # fmt: skip
     if isinstance(cache, DiskCache):
         # What the other ranks have encoded is needed here too.

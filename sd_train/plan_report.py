@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,8 +19,9 @@ from sd_train.data.masks import LATENT_CELL
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.data.shards import UNIT
 from sd_train.families.sizes import lora_numbers
+from sd_train.files import nearest_folder
 from sd_train.plan import Plan, Prepared
-from sd_train.plan_data import caches_latents, caches_texts
+from sd_train.plan_data import caches_latents, caches_texts, written_folders
 from sd_train.plan_warnings import plan_warnings
 
 _BYTES = {"float": 4, "fp16": 2, "bf16": 2, None: 4}
@@ -87,7 +90,7 @@ def _describe_dataset(number: int, index: ImageIndex) -> list[str]:
     for place, subset in enumerate(dataset.subsets):
         used = index.subset_of == place
         source = subset.metadata_file or subset.image_dir
-        kind = ", regularisation" if subset.is_reg else ""
+        kind = (", regularisation" if subset.is_reg else "") + (", masked" if subset.masked else "")
         lines.append(f"  {source}: {int(used.sum())} images, {_number(float(index.repeats[used].sum()))} samples{kind}")
     loss, counts = crop_loss(index), _samples_by_bucket(index)
     broken = index.bucket_of[index.repeats != np.floor(index.repeats)]
@@ -249,6 +252,21 @@ def _size(count: int) -> str:
     return f"{value:.3g} {unit}"
 
 
+def disk_warnings(prepared: Prepared) -> list[str]:
+    """What the folders that are written into will not take."""
+    written, warnings = outputs(prepared), []
+    needed = {"--output_dir": written.disk_bytes or 0, "--cache_dir": written.cache_bytes, "--logging_dir": 0}
+    for folder, option in written_folders(prepared.config).items():
+        place = nearest_folder(folder)
+        if not os.access(place, os.W_OK):
+            warnings.append(f"{option} = {folder}: nothing can be written to {place}; choose another folder")
+        elif (free := shutil.disk_usage(place).free) < needed[option]:
+            warnings.append(
+                f"{option} = {folder}: {free / 1e9:.3g} GB are free and about {needed[option] / 1e9:.3g} GB are needed"
+            )
+    return warnings
+
+
 def plan_json(prepared: Prepared) -> dict[str, Any]:
     """The plan for machines. Sizes are [width, height] in pixels; `crop_top_left` is in the resized image."""
     config, plan, written = prepared.config, prepared.plan, outputs(prepared)
@@ -282,7 +300,7 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
         "samples": {"after_updates": list(written.previews), "pictures": written.pictures},
         "disk_bytes": written.disk_bytes,
         "cache_bytes": written.cache_bytes,
-        "warnings": plan_warnings(prepared),
+        "warnings": [*plan_warnings(prepared), *disk_warnings(prepared)],
     }  # fmt: skip
 
 

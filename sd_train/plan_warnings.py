@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import numpy as np
+
+from sd_train.data.augment import face_in_name
 from sd_train.names import step_of
 from sd_train.optim.optimizers import find_optimizer
 from sd_train.plan import Prepared
@@ -22,6 +26,7 @@ def plan_warnings(prepared: Prepared) -> list[str]:
         warnings.append("--prior_loss_weight has no effect: no subset has is_reg = true")
     if config.dataset.masked_loss and not any(subset.masked for subset in subsets):
         warnings.append("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask")
+    warnings += _idle_in_data(prepared)
     if plan.validation:
         warnings.append("validation images are left out of the training; a loss on them is not computed yet")
     for name in ("save_every_n_steps", "sample_every_n_steps"):
@@ -43,6 +48,26 @@ def plan_warnings(prepared: Prepared) -> list[str]:
         if later:
             shown = ", ".join(later[:4])
             warnings.append(f"{shown}: saved at later steps than this run goes on from; it replaces what it gets to")
+    return warnings
+
+
+def _idle_in_data(prepared: Prepared) -> list[str]:
+    """Options of subsets that none of their images or captions calls for."""
+    warnings = []
+    for index in prepared.plan.indexes:
+        for number, subset in enumerate(index.dataset.subsets):
+            rows = np.flatnonzero(index.subset_of == number).tolist()
+            divider, faces = subset.keep_tokens_separator, subset.face_crop_aug_range
+            if divider and len(rows) and not any(divider in index.captions[row] for row in rows):
+                warnings.append(f"{subset.origin}: keep_tokens_separator = {divider!r} stands in no caption")
+            if faces is not None and not index.dataset.enable_bucket and len(rows):
+                stems = (Path(index.keys[row]).stem for row in rows)
+                sizes = map(tuple, index.sizes[rows].tolist())
+                if not any(face_in_name(stem, size) for stem, size in zip(stems, sizes, strict=True)):
+                    warnings.append(
+                        f"{subset.origin}: face_crop_aug_range has no effect: no file name ends in the place of a face "
+                        "(NAME_x_y_w_h: centre and size in pixels)"
+                    )
     return warnings
 
 

@@ -400,3 +400,12 @@ def test_captions_in_utf_16_without_mark_are_refused(tmp_path: Path) -> None:
     put(tmp_path, "a.png")
     (tmp_path / "a.txt").write_bytes("a frog".encode("utf-16-le"))
     assert "a.txt: holds a null character, as text in UTF-16 does; save the file as UTF-8" in refusal(subset(tmp_path))
+
+
+def test_a_broken_avif_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.avif", caption="x")
+    content = (tmp_path / "a.avif").read_bytes()
+    pixels = content.index(b"mdat") + 4
+    (tmp_path / "a.avif").write_bytes(content[:pixels] + bytes(len(content) - pixels))
+    with pytest.raises(DataError, match=r"a\.avif: the image cannot be read \(Failed to decode"):
+        built(dataset(subset(tmp_path)), verify_images=True)

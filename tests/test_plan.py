@@ -307,3 +307,45 @@ def test_the_cache_is_not_larger_than_planned(
     train(tiny_model, dataset, tmp_path / "out", more)
     rows = sum(path.stat().st_size - 4096 for path in (cache / "latents").glob("*.safetensors"))
     assert rows == planned
+
+
+def test_a_finished_run_can_be_planned_and_explained(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_model, write_dataset(tmp_path / "d.toml"), tmp_path / "out", "--max_train_steps 1")
+    saved = ["train_network", "--config_file", str(tmp_path / "out" / "lora-config.toml")]
+    photo = sorted(PHOTOS.glob("*.jpg"))[0].name
+    assert sd_train(["explain", photo, *saved]) == 0
+    capsys.readouterr()
+    assert sd_train(["plan", *saved]) == 0
+    assert "this run would be refused" in capsys.readouterr().err
+    assert sd_train(saved) == 2
+
+
+def test_folders_are_tried_before_the_model_is_loaded(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "no_model.safetensors").write_bytes(b"")
+    more = f"--max_train_steps 1 --cache_latents_to_disk --cache_dir {tmp_path / 'file' / 'below'}"
+    arguments = words(tmp_path / "no_model.safetensors", write_dataset(tmp_path / "d.toml"), tmp_path / "out", more)
+    assert main(arguments) == 4
+    said = capsys.readouterr().err
+    assert "nothing can be written there" in said
+    assert "--cache_dir" in said
+
+
+def test_options_that_no_image_calls_for_are_told_of(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = "keep_tokens_separator = '|||'\nface_crop_aug_range = [2, 4]\nshuffle_caption = true"
+    dataset = write_dataset(tmp_path / "d.toml", subset=idle)
+    dataset.write_text(dataset.read_text().replace("enable_bucket = true", "").replace("min_bucket_reso = 64", ""))
+    dataset.write_text(dataset.read_text().replace("max_bucket_reso = 128", ""))
+    assert sd_train(["plan", *words(tiny_model, dataset, tmp_path / "out", "--max_train_steps 1")]) == 2
+    capsys.readouterr()
+    arguments = words(tiny_model, dataset, tmp_path / "out", "--max_train_steps 1")
+    assert sd_train(["plan", "train_network", *arguments]) == 0
+    said = capsys.readouterr().err
+    assert "keep_tokens_separator = '|||' stands in no caption" in said
+    assert "face_crop_aug_range has no effect: no file name" in said

@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     from sd_train.plan import prepare
     from sd_train.report import say_line
 
-    prepared = prepare(config)
+    prepared = prepare(config, trains=False)
     if not prepared.device.is_main:
         return 0
     found = [
