@@ -53,11 +53,12 @@ def _make_folder(path: Path, option: str = "--output_dir") -> None:
 
 
 def probe_folder(folder: Path, option: str) -> None:
-    """Find out whether files can be written into `folder`, which is made if it is missing.
+    """Find out whether files can be written into `folder`; nothing is left behind.
 
     Raises:
         RunError: if not; `option` is what the message advises to change.
     """
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -66,6 +67,10 @@ def probe_folder(folder: Path, option: str) -> None:
     except OSError as problem:
         reason = problem.strerror or str(problem)
         raise RunError(f"{folder}: nothing can be written there ({reason}); choose another {option}") from None
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def nearest_folder(path: Path) -> Path:
