@@ -13,7 +13,7 @@ from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
 from sd_train.device import DTYPES, Updater
-from sd_train.errors import DataError, ModelError, RunError
+from sd_train.errors import DataError, ImageError, ModelError, RunError
 from sd_train.families.base import Family
 from sd_train.families.checkpoints import read_tensors
 from sd_train.families.registry import load_family
@@ -65,13 +65,14 @@ def run(config: RunConfig) -> int:
             show_dataset(prepared, say)
         return 0
     quiet_libraries()
-    if prepared.device.is_main:
-        for folder, option in written_folders(config).items():
-            probe_folder(folder, option)
-    # Other ranks must have looked at the output folder before this one writes there.
-    prepared.device.barrier()
+    _probe_folders(prepared)
     try:
         return _train(prepared, say, warn)
+    except ImageError as problem:
+        raise ImageError(
+            f"{problem}. All such files are found by `sd-train doctor` or --verify_images; --skip_broken_images leaves "
+            "them out"
+        ) from None
     except (RuntimeError, MemoryError) as problem:
         if not _out_of_memory(problem):
             raise
@@ -80,6 +81,20 @@ def run(config: RunConfig) -> int:
             f"out of memory on {prepared.device.device}: {reason}; use --gradient_checkpointing, --cache_latents, "
             "a smaller --train_batch_size with --gradient_accumulation_steps, or --mixed_precision bf16"
         ) from None
+
+
+def _probe_folders(prepared: Prepared) -> None:
+    """Raise before the model is loaded if a folder cannot be written to, in all processes."""
+    refused: RunError | None = None
+    if prepared.device.is_main:
+        try:
+            for folder, option in written_folders(prepared.config).items():
+                probe_folder(folder, option)
+        except RunError as problem:
+            refused = problem
+    # All must also have looked at the output folder before the first one writes there.
+    if prepared.device.any(refused is not None):
+        raise refused or RunError("the first process cannot write its files; mend what it says")
 
 
 def _out_of_memory(problem: BaseException) -> bool:

@@ -22,7 +22,7 @@ from sd_train.data.headers import open_image, orientation
 from sd_train.data.masks import cell_weights, check_aspect, seen_mask
 from sd_train.data.record import ImageRecord
 from sd_train.data.resize import Pixels, cut_out, too_large
-from sd_train.errors import DataError
+from sd_train.errors import DataError, ImageError
 from sd_train.randomness import stream
 from sd_train.types import Geometry
 
@@ -219,7 +219,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             image.load()
             yield image
     except RuntimeError as problem:
-        raise DataError(f"{path}: the image cannot be read ({problem}); remove it or save it anew") from None
+        raise ImageError(f"{path}: the image cannot be read ({problem}); remove it or save it anew") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
