@@ -13,11 +13,11 @@ from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
 from sd_train.device import DTYPES, Updater
-from sd_train.errors import DataError, ModelError, RunError
+from sd_train.errors import DataError, ImageError, ModelError, RunError
 from sd_train.families.base import Family
 from sd_train.families.registry import load_family
 from sd_train.families.sources import open_file, read_all
-from sd_train.files import write_text
+from sd_train.files import probe_folder, write_text
 from sd_train.guard import Guard
 from sd_train.loop import Training, train
 from sd_train.metadata import RunFacts, build_metadata, describe_base
@@ -25,8 +25,8 @@ from sd_train.objectives.denoise import Denoise
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.optim.schedules import make_schedule
 from sd_train.plan import Prepared, plan_fingerprint, prepare
-from sd_train.plan_data import draw_function, model_request, text_options
-from sd_train.plan_report import describe
+from sd_train.plan_data import draw_function, model_request, text_options, written_folders
+from sd_train.plan_report import describe, disk_warnings
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line, warn_line
@@ -55,7 +55,7 @@ def run(config: RunConfig) -> int:
     """
     prepared = prepare(config)
     say, warn = (say_line, warn_line) if prepared.device.is_main else (_silent, _silent)
-    for warning in plan_warnings(prepared):
+    for warning in (*plan_warnings(prepared), *disk_warnings(prepared)):
         warn(warning)
     drawn = "" if config.training.seed is not None or prepared.resume else " (drawn; give --seed to choose it)"
     say(f"seed: {prepared.progress.seed}{drawn}")
@@ -65,10 +65,14 @@ def run(config: RunConfig) -> int:
             show_dataset(prepared, say)
         return 0
     quiet_libraries()
-    # Other ranks must have looked at the output folder before this one writes there.
-    prepared.device.barrier()
+    _probe_folders(prepared)
     try:
         return _train(prepared, say, warn)
+    except ImageError as problem:
+        raise ImageError(
+            f"{problem}. All such files are found by `sd-train doctor` or --verify_images; --skip_broken_images leaves "
+            "them out"
+        ) from None
     except (RuntimeError, MemoryError) as problem:
         if not _out_of_memory(problem):
             raise
@@ -77,6 +81,20 @@ def run(config: RunConfig) -> int:
             f"out of memory on {prepared.device.device}: {reason}; use --gradient_checkpointing, --cache_latents, "
             "a smaller --train_batch_size with --gradient_accumulation_steps, or --mixed_precision bf16"
         ) from None
+
+
+def _probe_folders(prepared: Prepared) -> None:
+    """Raise before the model is loaded if a folder cannot be written to, in all processes."""
+    refused: RunError | None = None
+    if prepared.device.is_main:
+        try:
+            for folder, option in written_folders(prepared.config).items():
+                probe_folder(folder, option)
+        except RunError as problem:
+            refused = problem
+    # All must also have looked at the output folder before the first one writes there.
+    if prepared.device.any(refused is not None):
+        raise refused or RunError("the first process cannot write its files; mend what it says")
 
 
 def _out_of_memory(problem: BaseException) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 from tqdm import tqdm
@@ -10,7 +11,9 @@ from tqdm import tqdm
 from sd_train.data.cache import DiskCache, FillOptions, MemoryCache
 from sd_train.data.store import RowStore, default_cache_dir
 from sd_train.data.texts import DiskTexts, MemoryTexts, TextFill, all_captions
+from sd_train.device import Device
 from sd_train.diffusion.schedule import fixed_latent_noise
+from sd_train.errors import RunError, UserError
 from sd_train.families.base import Family
 from sd_train.plan import Prepared
 from sd_train.plan_data import caches_latents, caches_texts
@@ -41,17 +44,22 @@ def _fill_latents(prepared: Prepared, family: Family) -> None:
         with device.autocast():
             return family.encode_images(device.move(pixels))
 
-    with tqdm(desc="caching latents", unit="image", disable=not device.is_main) as bar:
+    share = device.world if chosen.cache_latents_to_disk else 1
+    rank = device.rank if share > 1 else 0
+    total = sum(len(range(rank, len(index), share)) for index in indexes)
+    with (
+        _together(device),
+        tqdm(desc="caching latents", unit="image", total=total, disable=not device.is_main) as bar,
+    ):
         cache.fill(indexes, encode, FillOptions(
             batch_size=chosen.vae_batch_size,
             workers=updates.settings.workers,
             progress=bar.update,
-            rank=device.rank if chosen.cache_latents_to_disk else 0,
-            world=device.world if chosen.cache_latents_to_disk else 1,
+            rank=rank,
+            world=share,
         ))  # fmt: skip
     if isinstance(cache, DiskCache):
         # What the other ranks have encoded is needed here too.
-        device.barrier()
         cache.ready()
         if device.is_main:
             for note in cache.notes:
@@ -78,15 +86,35 @@ def _fill_texts(prepared: Prepared, family: Family) -> None:
         with device.autocast():
             return family.encode_texts(texts)
 
-    with tqdm(desc="caching captions", unit="caption", total=len(captions), disable=not device.is_main) as bar:
-        if not chosen.cache_text_encoder_outputs_to_disk:
-            memory = MemoryTexts()
-            memory.fill(captions, TextFill(encode, bar.update))
-            updates.texts = memory
-            return
+    on_disk = chosen.cache_text_encoder_outputs_to_disk
+    share = len(captions[device.rank :: device.world]) if on_disk else len(captions)
+    texts: MemoryTexts | DiskTexts = MemoryTexts()
+    if on_disk:
         store = RowStore((chosen.cache_dir or default_cache_dir()) / "texts")
-        disk = DiskTexts(store, f"{family.encoder_digest('texts')} {device.weight_dtype}")
-        disk.fill(captions, TextFill(encode, bar.update, device.rank, device.world))
-    device.barrier()
-    disk.ready()
-    updates.texts = disk
+        texts = DiskTexts(store, f"{family.encoder_digest('texts')} {device.weight_dtype}")
+    with (
+        _together(device),
+        tqdm(desc="caching captions", unit="caption", total=share, disable=not device.is_main) as bar,
+    ):
+        texts.fill(captions, TextFill(encode, bar.update, device.rank, device.world))
+    if isinstance(texts, DiskTexts):
+        texts.ready()
+        for note in texts.notes if device.is_main else ():
+            say_line(note)
+    updates.texts = texts
+
+
+@contextmanager
+def _together(device: Device) -> Iterator[None]:
+    """Leave the block when all ranks are through; where one fails, all end with a message, not with a lost connection.
+
+    Raises:
+        UserError: this rank's, or that there is another one's.
+    """
+    problem: UserError | None = None
+    try:
+        yield
+    except UserError as found:
+        problem = found
+    if device.any(problem is not None):
+        raise problem or RunError("another process could not fill its share of the cache; mend what it says")

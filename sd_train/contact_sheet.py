@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -30,7 +32,7 @@ _SIDE = 224
 _LINE = 15
 _COLUMNS = 6
 _ROWS = 4
-"""Of a sheet; a batch of more pictures has a longer row."""
+"""Of a sheet; a batch of more pictures than a row holds goes on in the next one."""
 
 Pixels = NDArray[np.uint8]
 
@@ -130,19 +132,28 @@ def _in_windows(prepared: Prepared) -> None:
         for batch in shown_batches(prepared):
             if batch.epoch <= skipped:
                 continue
-            sheet = np.asarray(draw_sheet([batch]))
-            cv2.imshow(name, np.ascontiguousarray(sheet[:, :, ::-1]))
-            while True:
-                key = cv2.waitKey(100) & 0xFF
-                if key in (27, ord("q"), ord("Q")) or cv2.getWindowProperty(name, cv2.WND_PROP_VISIBLE) < 1:
+            for part in _sheets([batch]):
+                sheet = np.asarray(draw_sheet(part))
+                cv2.imshow(name, np.ascontiguousarray(sheet[:, :, ::-1]))
+                wish = _key_pressed(name)
+                if wish == "end":
                     return
-                if key in (ord("s"), ord("S"), ord(" ")):
-                    break
-                if key in (ord("e"), ord("E")):
+                if wish == "epoch":
                     skipped = batch.epoch
                     break
     finally:
         cv2.destroyAllWindows()
+
+
+def _key_pressed(window: str) -> Literal["step", "epoch", "end"]:
+    while True:
+        key = cv2.waitKey(100) & 0xFF
+        if key in (27, ord("q"), ord("Q")) or cv2.getWindowProperty(window, cv2.WND_PROP_VISIBLE) < 1:
+            return "end"
+        if key in (ord("s"), ord("S"), ord(" ")):
+            return "step"
+        if key in (ord("e"), ord("E")):
+            return "epoch"
 
 
 def first_batches(prepared: Prepared) -> list[ShownBatch]:
@@ -157,29 +168,41 @@ def first_batches(prepared: Prepared) -> list[ShownBatch]:
 
 
 def write_sheets(prepared: Prepared, batches: list[ShownBatch], folder: Path) -> list[Path]:
-    """Write `NAME-dataset.html` and PNG sheets; returns the paths, the page first."""
+    """Write `NAME-dataset.html` and PNG sheets in place of earlier ones; returns the paths, the page first."""
     name = prepared.names.last
     path = folder / f"{name}-dataset.html"
     write_text(path, _page(prepared, batches))
     paths = [path]
-    rows = _rows(batches)
-    for number, first in enumerate(range(0, len(rows), _ROWS), 1):
-        sheet = draw_sheet([batch for row in rows[first : first + _ROWS] for batch in row])
+    for number, part in enumerate(_sheets(batches), 1):
         path = folder / f"{name}-dataset-{number:02d}.png"
-        write_whole(path, partial(sheet.save, format="PNG"))
+        write_whole(path, partial(draw_sheet(part).save, format="PNG"))
         paths.append(path)
+    # What an earlier call has left would be taken for this one's.
+    older = re.compile(re.escape(name) + r"-dataset-\d{2,}\.png")
+    for path in folder.iterdir():
+        if older.fullmatch(path.name) and path not in paths:
+            path.unlink(missing_ok=True)
     return paths
 
 
+def _sheets(batches: Sequence[ShownBatch]) -> list[list[ShownBatch]]:
+    """What stands on each sheet."""
+    rows = _rows(batches)
+    return [[batch for row in rows[first : first + _ROWS] for batch in row] for first in range(0, len(rows), _ROWS)]
+
+
 def _rows(batches: Sequence[ShownBatch]) -> list[list[ShownBatch]]:
-    """Batches side by side, until a row has `_COLUMNS` pictures."""
+    """Batches side by side, until a row has `_COLUMNS` pictures; longer ones in parts."""
     rows, wide = list[list[ShownBatch]](), 0
     for batch in batches:
-        if not rows or wide + len(batch.samples) > _COLUMNS:
-            rows.append([])
-            wide = 0
-        rows[-1].append(batch)
-        wide += len(batch.samples)
+        for first in range(0, len(batch.samples), _COLUMNS):
+            title = f"{batch.title} (continued)" if first else batch.title
+            part = replace(batch, title=title, samples=batch.samples[first : first + _COLUMNS])
+            if not rows or wide + len(part.samples) > _COLUMNS:
+                rows.append([])
+                wide = 0
+            rows[-1].append(part)
+            wide += len(part.samples)
     return rows
 
 

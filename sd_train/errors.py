@@ -32,6 +32,10 @@ class DataError(UserError):
     exit_code: ClassVar[int] = 3
 
 
+class ImageError(DataError):
+    """The file of one image cannot be read."""
+
+
 class ModelError(UserError):
     """A model or weight file is missing, unknown or does not fit."""
 

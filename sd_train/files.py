@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +50,32 @@ def _make_folder(path: Path, option: str = "--output_dir") -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise RunError(f"{path}: cannot be made ({problem}); choose another {option}") from None
+
+
+def probe_folder(folder: Path, option: str) -> None:
+    """Find out whether files can be written into `folder`; nothing is left behind.
+
+    Raises:
+        RunError: if not; `option` is what the message advises to change.
+    """
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        raise RunError(f"{folder}: nothing can be written there ({reason}); choose another {option}") from None
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.isdir(place))
 
 
 def write_whole(path: Path, write: Callable[[Path], None], option: str = "--output_dir") -> None:

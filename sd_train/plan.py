@@ -54,11 +54,12 @@ class Plan:
     warmup_steps: int
     rates: dict[str, float]
     """Learning rate by network role; roles that learn nothing are missing."""
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples of the first epoch with repeats, regularisation images included."""
-        return sum(round(float(index.repeats.sum())) for index in self.indexes)
+    samples_per_epoch: int
+    """Planned samples of the first epoch with repeats, regularisation images included."""
+    filled: int
+    """Copies among the first epoch's rows, which fill short batches."""
+    carried: int
+    """Planned samples of the first epoch that wait for batches of later ones."""
 
 
 def learning_rates(config: RunConfig) -> dict[str, float]:
@@ -107,6 +108,9 @@ def make_plan(
         epochs=updates.epoch_of(total - 1)[0] + 1,
         warmup_steps=schedule.warmup_steps,
         rates={role: rate for role, rate in learning_rates(config).items() if kind is None or role in kind.configs},
+        samples_per_epoch=sum(int(updates.order.counts(number, 0).sum()) for number in range(len(updates.indexes))),
+        filled=updates.order.filled_in(0),
+        carried=updates.order.carried_after(0),
     )
 
 
@@ -153,8 +157,10 @@ class Prepared:
     prompts: tuple[Prompt, ...]
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     """Read the dataset, count, and find every problem that needs no model.
+
+    `trains`: whether a training follows; without, an output folder that holds another run is no problem.
 
     Raises:
         UserError: with all problems and the ways out.
@@ -173,8 +179,8 @@ def prepare(config: RunConfig) -> Prepared:
     resume = checks(lambda: find_state(config.saving.resume, names, warn) if config.saving.resume else None)
     refused = bool(config.saving.resume) and resume is None
     own_state = resume is not None and resume.resolve() in {path.resolve() for path in names.states()}
-    if not refused and not own_state and not config.saving.overwrite and not config.dataset.debug_dataset:
-        checks(lambda: _refuse_existing(names))
+    if trains and not refused and not own_state and not config.saving.overwrite and not config.dataset.debug_dataset:
+        checks(lambda: refuse_existing(names))
     progress = checks(lambda: _first_progress(config, resume, device)) if device is not None else None
     read = checks(lambda: read_datasets(config, progress.seed if progress is not None else 0))
     if read is not None:
@@ -224,7 +230,8 @@ def _check_name(config: RunConfig, option: str, wrong: tuple[str, str] | None) -
     raise ConfigError(str(Problem(where, repr(getattr(config.optimizer, option)), *wrong)))
 
 
-def _refuse_existing(names: FileNames) -> None:
+def refuse_existing(names: FileNames) -> None:
+    """Raise if the output folder holds another run's files of these names."""
     existing = names.existing()
     if existing:
         shown = ", ".join(path.name for path in existing[:3])

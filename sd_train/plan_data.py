@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from sd_train.config.options import RunConfig
 from sd_train.data.batches import BatchSettings, Draw, Updates
@@ -59,6 +60,7 @@ def read_datasets(config: RunConfig, seed: int) -> tuple[tuple[DatasetConfig, ..
         skip_broken_images=chosen.skip_broken_images,
         cache_dir=chosen.cache_dir or default_cache_dir(),
         trust_index=chosen.trust_index,
+        caches_latents=caches_latents(config),
     )
     return datasets, build_indexes(datasets, options)
 
@@ -91,6 +93,16 @@ def draw_function(seed: int, latent: LatentSpec, timesteps: int) -> Draw:
         return draw(seed, step, places, latent.shape(width, height), timesteps)
 
     return drawn
+
+
+def written_folders(config: RunConfig) -> dict[Path, str]:
+    """The folders that the run writes into, and the options that choose them."""
+    chosen, folders = config.dataset, {config.saving.output_dir: "--output_dir"}
+    if chosen.cache_latents_to_disk or chosen.cache_text_encoder_outputs_to_disk:
+        folders[chosen.cache_dir or default_cache_dir()] = "--cache_dir"
+    if config.logging.logging_dir is not None:
+        folders[config.logging.logging_dir] = "--logging_dir"
+    return folders
 
 
 def caches_latents(config: RunConfig) -> bool:

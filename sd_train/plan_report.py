@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,16 +15,21 @@ from sd_train.config.options import RunConfig
 from sd_train.data.captions import sample_caption
 from sd_train.data.images import sample_view
 from sd_train.data.index import ImageIndex
+from sd_train.data.masks import LATENT_CELL
 from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.data.shards import UNIT
 from sd_train.families.parts import read_model
 from sd_train.families.sizes import lora_numbers
+from sd_train.files import nearest_folder
 from sd_train.plan import Plan, Prepared
-from sd_train.plan_data import caches_latents, caches_texts, model_request
+from sd_train.plan_data import caches_latents, caches_texts, model_request, written_folders
 from sd_train.plan_warnings import plan_warnings
 
 _BYTES = {"float": 4, "fp16": 2, "bf16": 2, None: 4}
 _LATENT_NUMBERS = 8
 """Mean and log-variance of four channels."""
+_TOKENS = 77
+"""Of one chunk of a caption, with its start and end."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Outputs:
     pictures: int
     disk_bytes: int | None
     cache_bytes: int
-    """Of latents in the cache folder, if they are kept there."""
+    """At most, of latents and captions in the cache folder, if they are kept there."""
 
 
 def describe(plan: Plan, config: RunConfig) -> str:
@@ -58,9 +65,11 @@ def describe(plan: Plan, config: RunConfig) -> str:
         lines.append(f"validation: {len(index)} images of the dataset at {index.dataset.origin}")
     accumulated = config.training.gradient_accumulation_steps
     first = "the first epoch" if plan.varies else "an epoch"
+    rest = f"; {plan.filled} copies fill its short batches" if plan.filled else ""
+    rest += f"; {plan.carried} of its samples go on to the next one" if plan.carried else ""
     lines.append(
         f"{first}: {plan.samples_per_epoch} samples in {plan.batches_per_epoch} batches, "
-        f"{plan.updates_per_epoch} updates (accumulation {accumulated})"
+        f"{plan.updates_per_epoch} updates (accumulation {accumulated}){rest}"
     )
     epochs = f"{plan.epochs} epochs begun" if plan.varies else f"{plan.total_steps / plan.updates_per_epoch:.4g} epochs"
     warmup = f", warm-up over the first {plan.warmup_steps}" if plan.warmup_steps else ""
@@ -74,25 +83,34 @@ def _describe_dataset(number: int, index: ImageIndex) -> list[str]:
     dataset = index.dataset
     width, height = dataset.resolution
     samples, reg = float(index.repeats.sum()), float(index.repeats[index.is_reg].sum())
-    kinds = f" ({samples - reg:g} to learn, {reg:g} regularisation)" if reg else ""
+    kinds = f" ({_number(samples - reg)} to learn, {_number(reg)} regularisation)" if reg else ""
     lines = [
-        f"dataset {number}: {len(index)} images, {samples:g} samples an epoch{kinds}, {width}x{height}, "
+        f"dataset {number}: {len(index)} images, {_number(samples)} samples an epoch{kinds}, {width}x{height}, "
         f"batch {dataset.batch_size}"
     ]
     for place, subset in enumerate(dataset.subsets):
         used = index.subset_of == place
         source = subset.metadata_file or subset.image_dir
-        kind = ", regularisation" if subset.is_reg else ""
-        lines.append(f"  {source}: {int(used.sum())} images, {float(index.repeats[used].sum()):g} samples{kind}")
-    loss = crop_loss(index)
-    for place, ((bucket_width, bucket_height), count) in enumerate(
-        zip(index.buckets, index.bucket_counts(), strict=True)
-    ):
+        kind = (", regularisation" if subset.is_reg else "") + (", masked" if subset.masked else "")
+        lines.append(f"  {source}: {int(used.sum())} images, {_number(float(index.repeats[used].sum()))} samples{kind}")
+    loss, counts = crop_loss(index), _samples_by_bucket(index)
+    broken = index.bucket_of[index.repeats != np.floor(index.repeats)]
+    for place, (bucket_width, bucket_height) in enumerate(index.buckets):
         lines.append(
-            f"  bucket {bucket_width}x{bucket_height}: {count:g} samples, {loss[place]:.1%} cut off"
-            + _rest(count, dataset)
+            f"  bucket {bucket_width}x{bucket_height}: {_number(counts[place])} samples, {loss[place]:.1%} cut off"
+            + _rest(counts[place], dataset, bool((broken == place).any()))
         )
     return lines
+
+
+def _number(value: float) -> str:
+    return str(round(value)) if abs(value - round(value)) < 1e-6 else f"{value:.2f}"
+
+
+def _samples_by_bucket(index: ImageIndex) -> list[float]:
+    """Samples of an epoch in each bucket; a fraction is the mean over epochs."""
+    counts: list[float] = np.bincount(index.bucket_of, index.repeats, minlength=len(index.buckets)).round(6).tolist()
+    return counts
 
 
 def crop_loss(index: ImageIndex) -> list[float]:
@@ -104,11 +122,18 @@ def crop_loss(index: ImageIndex) -> list[float]:
     return [max(0.0, float(share)) for share in total / np.maximum(count, 1)]
 
 
-def _rest(count: float, dataset: DatasetConfig) -> str:
-    rest = int(count) % dataset.batch_size
-    if not rest or count != int(count):
+def _rest(count: float, dataset: DatasetConfig, varies: bool) -> str:
+    """What happens to the samples of a bucket that fill no batch; `varies`: their number differs between epochs."""
+    rest = round(count) % dataset.batch_size
+    if dataset.batch_size == 1 or not (rest or varies):
         return ""
     match dataset.bucket_policy:
+        case "fill" if varies:
+            return " (the last batch of an epoch is filled, weighted down)"
+        case "carry" if varies:
+            return " (what is left goes on to the next epoch)"
+        case _ if varies:
+            return " (the last batch of an epoch may be short)"
         case "fill":
             return f" ({dataset.batch_size - rest} more to fill the last batch, weighted down)"
         case "carry":
@@ -122,23 +147,25 @@ def outputs(prepared: Prepared) -> Outputs:
     config, plan, names = prepared.config, prepared.plan, prepared.names
     saving = config.saving
     rank = config.network.network_dim or 4
-    numbers = lora_numbers(read_model(model_request(config)), rank)
-    weights = sum(count for role, count in numbers.items() if role in plan.rates)
-    size = weights * _BYTES[saving.save_precision]
-    ends = _epoch_ends(prepared)
+    # `--debug_dataset` reads no model.
+    kind = prepared.kind
+    numbers = None if kind is None else lora_numbers(read_model(model_request(config)), rank)
+    weights = None if numbers is None else sum(count for role, count in numbers.items() if role in plan.rates)
+    size = None if weights is None else weights * _BYTES[saving.save_precision]
+    start, total = prepared.progress.step, plan.total_steps
+    ends = _epoch_ends(prepared, saving.save_every_n_epochs)
     saves = []
-    for update in range(prepared.progress.step + 1, plan.total_steps + 1):
+    for update in sorted({*_multiples(saving.save_every_n_steps, start, total), *ends, total}):
         stems = [names.at_step(update)] if _due(update, saving.save_every_n_steps) else []
-        epoch = ends.get(update, 0)
-        if _due(epoch, saving.save_every_n_epochs) and epoch and epoch < plan.epochs:
-            stems.append(names.at_epoch(epoch))
-        if update == plan.total_steps:
+        if ends.get(update, plan.epochs) < plan.epochs:
+            stems.append(names.at_epoch(ends[update]))
+        if update == total:
             stems.append(names.last)
         for stem in stems:
-            last = update == plan.total_steps and stem == names.last
+            last = update == total and stem == names.last
             state = saving.save_state or (last and saving.save_state_on_train_end)
             saves.append(Save(names.model(stem), update, size, names.state(stem) if state else None))
-    previews = _previews(prepared, ends) if prepared.prompts else []
+    previews = _previews(prepared) if prepared.prompts else []
     # A state holds the weights and, for most optimizers, two more numbers for each, in float32.
     states = sum(1 for save in saves if save.state is not None)
     disk = None if size is None or weights is None else len(saves) * size + states * weights * 12
@@ -148,47 +175,63 @@ def outputs(prepared: Prepared) -> Outputs:
         previews=tuple(previews),
         pictures=len(previews) * len(prepared.prompts),
         disk_bytes=disk,
-        cache_bytes=sum(_latent_bytes(index) for index in plan.indexes) if cached else 0,
+        cache_bytes=(sum(map(_latent_bytes, plan.indexes)) if cached else 0)
+        + _text_bytes(prepared),
     )
 
 
 def _latent_bytes(index: ImageIndex) -> int:
-    areas = np.array(index.buckets, np.int64).prod(axis=1)[index.bucket_of] // 64
+    cells = (np.array(index.buckets, np.int64) // LATENT_CELL).prod(axis=1)[index.bucket_of]
     flipped = np.array([1 + subset.flip_aug for subset in index.dataset.subsets])[index.subset_of]
-    return int((areas * flipped).sum()) * _LATENT_NUMBERS * 4
+    masked = np.array([subset.masked for subset in index.dataset.subsets], np.int64)[index.subset_of]
+    rows = -(-cells * (_LATENT_NUMBERS + masked) * 4 // UNIT) * UNIT
+    return int((rows * flipped).sum())
+
+
+def _text_bytes(prepared: Prepared) -> int:
+    """Of a caption for each image, or its variants, and the empty one; equal captions are kept once."""
+    config, kind = prepared.config, prepared.kind
+    if kind is None or not config.dataset.cache_text_encoder_outputs_to_disk:
+        return 0
+    captions = sum(map(len, prepared.plan.indexes)) * (config.dataset.cache_caption_variants or 1) + 1
+    widths = sum(int(part["hidden_size"]) for role, part in kind.configs.items() if role.startswith("text_encoder"))
+    return captions * (config.model.max_token_length or 75) // 75 * _TOKENS * widths * 4
 
 
 def _due(number: int, every: int | None) -> bool:
     return every is not None and number % every == 0
 
 
-def _epoch_ends(prepared: Prepared) -> dict[int, int]:
-    """Update -> epochs that are complete after it."""
-    updates, total = prepared.updates, prepared.plan.total_steps
+def _multiples(every: int | None, start: int, end: int) -> range:
+    """The multiples of `every` above `start`, up to `end`."""
+    return range(0) if every is None else range((start // every + 1) * every, end + 1, every)
+
+
+def _epoch_ends(prepared: Prepared, every: int | None) -> dict[int, int]:
+    """Update to come -> epochs that are complete after it, where `every` divides their number."""
+    updates, plan = prepared.updates, prepared.plan
     ends: dict[int, int] = {}
-    for epoch in range(1, prepared.plan.epochs + 1):
+    for epoch in _multiples(every, 0, plan.epochs):
         end = updates.updates_before(epoch)
-        if end <= total and updates.updates_in(epoch - 1):
+        if prepared.progress.step < end <= plan.total_steps and updates.updates_in(epoch - 1):
             ends[end] = epoch
     return ends
 
 
-def _previews(prepared: Prepared, ends: Mapping[int, int]) -> list[int]:
+def _previews(prepared: Prepared) -> list[int]:
     sampling, start = prepared.config.sampling, prepared.progress.step
     found = [0] if sampling.sample_at_first and start == 0 else []
-    for update in range(start + 1, prepared.plan.total_steps + 1):
-        if sampling.sample_every_n_epochs is not None:
-            if update in ends and _due(ends[update], sampling.sample_every_n_epochs):
-                found.append(update)
-        elif _due(update, sampling.sample_every_n_steps):
-            found.append(update)
-    return found
+    if sampling.sample_every_n_epochs is not None:
+        return [*found, *_epoch_ends(prepared, sampling.sample_every_n_epochs)]
+    return [*found, *_multiples(sampling.sample_every_n_steps, start, prepared.plan.total_steps)]
 
 
 def describe_outputs(prepared: Prepared) -> str:
     """What will be written, in words."""
     written = outputs(prepared)
     lines = [f"saves: {len(written.saves)} files in {prepared.config.saving.output_dir}"]
+    if prepared.resume is not None:
+        lines.insert(0, f"goes on after update {prepared.progress.step}, from {prepared.resume}")
     for save in (*written.saves[:6], *written.saves[-1:]) if len(written.saves) > 7 else written.saves:
         size = "size not known before loading" if save.bytes is None else _size(save.bytes)
         lines.append(f"  {save.path.name} after update {save.update}, {size}" + (", with state" if save.state else ""))
@@ -199,7 +242,7 @@ def describe_outputs(prepared: Prepared) -> str:
     if written.disk_bytes is not None:
         lines.append(f"disk: about {_size(written.disk_bytes)} for models and states")
     if written.cache_bytes:
-        lines.append(f"cache on disk: up to {_size(written.cache_bytes)} for latents")
+        lines.append(f"cache on disk: up to {_size(written.cache_bytes)}, less what is there already")
     caches = [name for name, on in (("latents", caches_latents(prepared.config)), ("captions", caches_texts(
         prepared.config))) if on]
     if caches:
@@ -214,6 +257,21 @@ def _size(count: int) -> str:
             break
         value /= 1000
     return f"{value:.3g} {unit}"
+
+
+def disk_warnings(prepared: Prepared) -> list[str]:
+    """What the folders that are written into will not take."""
+    written, warnings = outputs(prepared), []
+    needed = {"--output_dir": written.disk_bytes or 0, "--cache_dir": written.cache_bytes, "--logging_dir": 0}
+    for folder, option in written_folders(prepared.config).items():
+        place = nearest_folder(folder)
+        if not os.access(place, os.W_OK):
+            warnings.append(f"{option} = {folder}: nothing can be written to {place}; choose another folder")
+        elif (free := shutil.disk_usage(place).free) < needed[option]:
+            warnings.append(
+                f"{option} = {folder}: {free / 1e9:.3g} GB are free and about {needed[option] / 1e9:.3g} GB are needed"
+            )
+    return warnings
 
 
 def plan_json(prepared: Prepared) -> dict[str, Any]:
@@ -232,6 +290,8 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
         "samples_per_epoch": plan.samples_per_epoch,
         "batches_per_epoch": plan.batches_per_epoch,
         "updates_per_epoch": plan.updates_per_epoch,
+        "filled_in_first_epoch": plan.filled,
+        "carried_after_first_epoch": plan.carried,
         "epochs_vary": plan.varies,
         "total_updates": plan.total_steps,
         "epochs": plan.epochs,
@@ -247,7 +307,7 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
         "samples": {"after_updates": list(written.previews), "pictures": written.pictures},
         "disk_bytes": written.disk_bytes,
         "cache_bytes": written.cache_bytes,
-        "warnings": plan_warnings(prepared),
+        "warnings": [*plan_warnings(prepared), *disk_warnings(prepared)],
     }  # fmt: skip
 
 
@@ -267,7 +327,7 @@ def _plain(value: Any) -> Any:
 def _dataset_json(prepared: Prepared, number: int) -> dict[str, Any]:
     index = prepared.plan.indexes[number]
     batches = prepared.updates.order.batches_by_bucket(number, 0).tolist()
-    loss = crop_loss(index)
+    loss, counts = crop_loss(index), _samples_by_bucket(index)
     images = np.bincount(index.bucket_of, minlength=len(index.buckets)).tolist()
     return {
         **_options(index.dataset, ("subsets", "warnings")),
@@ -277,12 +337,16 @@ def _dataset_json(prepared: Prepared, number: int) -> dict[str, Any]:
         "images": [_image_json(prepared, index, row) for row in range(len(index))],
         "buckets": [
             {
-                "resolution": list(bucket), "images": images[place], "samples": count, "batches": batches[place],
-                "crop_loss": round(loss[place], 6),
+                "resolution": list(bucket), "images": images[place], "samples": _whole(counts[place]),
+                "batches": batches[place], "crop_loss": round(loss[place], 6),
             }
-            for place, (bucket, count) in enumerate(zip(index.buckets, index.bucket_counts(), strict=True))
+            for place, bucket in enumerate(index.buckets)
         ],
     }  # fmt: skip
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value == int(value) else value
 
 
 def _image_json(prepared: Prepared, index: ImageIndex, row: int) -> dict[str, Any]:
@@ -299,7 +363,7 @@ def _image_json(prepared: Prepared, index: ImageIndex, row: int) -> dict[str, An
         "resized": list(view.resized),
         "crop_top_left": [view.crop[1], view.crop[0]],
         "flipped": view.flip,
-        "repeats": int(repeats) if repeats == int(repeats) else repeats,
+        "repeats": _whole(repeats),
         "is_reg": record.is_reg,
         "weight": record.weight,
         "subset": int(index.subset_of[row]),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import numpy as np
+
+from sd_train.data.augment import face_in_name
 from sd_train.names import step_of
 from sd_train.optim.optimizers import find_optimizer
 from sd_train.plan import Prepared
@@ -22,12 +26,14 @@ def plan_warnings(prepared: Prepared) -> list[str]:
         warnings.append("--prior_loss_weight has no effect: no subset has is_reg = true")
     if config.dataset.masked_loss and not any(subset.masked for subset in subsets):
         warnings.append("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask")
+    warnings += _idle_in_data(prepared)
     if plan.validation:
         warnings.append("validation images are left out of the training; a loss on them is not computed yet")
     for name in ("save_every_n_steps", "sample_every_n_steps"):
         every = getattr(config.saving if name.startswith("save") else config.sampling, name)
         if every is not None and every > plan.total_steps:
             warnings.append(f"--{name} = {every} has no effect: the training has {plan.total_steps} updates")
+    warnings += _epoch_intervals(prepared)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != config.training.mixed_precision and "mixed_precision" not in given and launched != "no":
         warnings.append(
@@ -42,4 +48,46 @@ def plan_warnings(prepared: Prepared) -> list[str]:
         if later:
             shown = ", ".join(later[:4])
             warnings.append(f"{shown}: saved at later steps than this run goes on from; it replaces what it gets to")
+    return warnings
+
+
+def _idle_in_data(prepared: Prepared) -> list[str]:
+    """Options of subsets that none of their images or captions calls for."""
+    warnings = []
+    for index in prepared.plan.indexes:
+        for number, subset in enumerate(index.dataset.subsets):
+            rows = np.flatnonzero(index.subset_of == number).tolist()
+            divider, faces = subset.keep_tokens_separator, subset.face_crop_aug_range
+            if divider and len(rows) and not any(divider in index.captions[row] for row in rows):
+                warnings.append(f"{subset.origin}: keep_tokens_separator = {divider!r} stands in no caption")
+            if faces is not None and not index.dataset.enable_bucket and len(rows):
+                stems = (Path(index.keys[row]).stem for row in rows)
+                sizes = map(tuple, index.sizes[rows].tolist())
+                if not any(face_in_name(stem, size) for stem, size in zip(stems, sizes, strict=True)):
+                    warnings.append(
+                        f"{subset.origin}: face_crop_aug_range has no effect: no file name ends in the place of a face "
+                        "(NAME_x_y_w_h: centre and size in pixels)"
+                    )
+    return warnings
+
+
+def _epoch_intervals(prepared: Prepared) -> list[str]:
+    """Intervals in epochs that come due never, or after an epoch that has no update."""
+    config, plan, updates = prepared.config, prepared.plan, prepared.updates
+    given = {"save_every_n_epochs": config.saving.save_every_n_epochs}
+    if prepared.prompts:
+        given["sample_every_n_epochs"] = config.sampling.sample_every_n_epochs
+    warnings = []
+    for name, every in given.items():
+        if every is None:
+            continue
+        due = range(every, plan.epochs + 1, every)
+        empty = [] if updates.order.constant else [epoch for epoch in due if not updates.updates_in(epoch - 1)]
+        if not due:
+            warnings.append(f"--{name} = {every} has no effect: the training has {plan.epochs} epochs")
+        elif empty:
+            warnings.append(
+                f"--{name} = {every}: nothing comes after {len(empty)} of its {len(due)} epochs, the first is number "
+                f"{empty[0]}: they complete no batch; give it in steps, or raise num_repeats"
+            )
     return warnings

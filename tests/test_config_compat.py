@@ -13,8 +13,9 @@ from sd_train.errors import ConfigError
 
 NAMES = (Path(__file__).parent / "data" / "config_sd_scripts_names.txt").read_text(encoding="utf-8").split()
 OURS = {
-    "allow_missing_captions", "overwrite", "verify_images", "skip_broken_images", "trust_index", "cache_dir",
-    "cache_latents_sample", "sdxl", "output_lora_format", "cache_caption_variants", "caption_column", "unmasked_weight", "bucket_policy",
+    "allow_missing_captions", "bucket_policy", "cache_caption_variants", "cache_dir", "cache_latents_sample",
+    "caption_column", "output_lora_format", "overwrite", "sdxl", "skip_broken_images", "trust_index",
+    "unmasked_weight", "verify_images",
 }  # fmt: skip
 # An empty optimizer_type means AdamW in sd-scripts; network_module must be given there.
 OTHER_DEFAULTS = {"optimizer_type", "network_module", "network_args", "optimizer_args"}

@@ -1,11 +1,9 @@
-"""Buckets against sd-scripts' own answers, and as properties."""
+"""Buckets as properties, and the policy `merge`; test_conformance.py compares them with sd-scripts'."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,35 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_train.data.buckets import assign, assign_many, bucket_resolutions, crop_box, merge_small
+from sd_train.data.buckets import assign, assign_many, bucket_resolutions, merge_small
 from sd_train.data.settings import DatasetConfig
 from sd_train.errors import DataError
 
-GOLDEN = json.loads((Path(__file__).parent / "data/buckets.json").read_text(encoding="utf-8"))
 SIDES = st.integers(1, 12000)
 
 
 def dataset(resolution: list[int], enable_bucket: bool = True, **others: Any) -> DatasetConfig:
     return DatasetConfig(batch_size=1, resolution=(resolution[0], resolution[1]), enable_bucket=enable_bucket, **others)
-
-
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: "-".join(map(str, case["settings"].values())))
-def test_equals_sd_scripts(case: dict[str, Any]) -> None:
-    config = dataset(**case["settings"])
-    if "buckets" in case:
-        limits = config.min_bucket_reso, config.max_bucket_reso, config.bucket_reso_steps
-        assert [list(bucket) for bucket in bucket_resolutions(config.resolution, *limits)] == case["buckets"]
-    rows = assign_many(np.array(GOLDEN["sizes"]), config)
-    for number, expected in enumerate(case["rows"]):
-        if expected is None or 0 in expected[:2]:
-            assert not rows.usable[number]
-            continue
-        bucket, resized = tuple(rows.bucket[number].tolist()), tuple(rows.resized[number].tolist())
-        assert [*bucket, *resized] == expected[:4]
-        if len(expected) > 4:
-            assert list(crop_box(resized, bucket)) == expected[4:]
-        size = GOLDEN["sizes"][number]
-        assert rows.aspect_error[number] == bucket[0] / bucket[1] - size[0] / size[1]
 
 
 def test_limits_are_rounded_to_steps() -> None:

@@ -30,7 +30,7 @@ from sd_train.data.shards import read_head
 from sd_train.data.store import RowStore, default_cache_dir, key_array
 from sd_train.errors import ConfigError, DataError, RunError
 
-NPZ = Path(__file__).parent / "data" / "latents_npz"
+NPZ = Path(__file__).parent / "data" / "conformance" / "latents_npz"
 GOLDEN = {"sd15_new_0300x0200_sd": (300, 200), "sd15_alpha_0130x0130_sd": (130, 130)}
 
 
@@ -371,6 +371,20 @@ def test_contents_are_remembered_by_path_size_and_time(tmp_path: Path) -> None:
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(b"no database" * 100) if path.suffix == ".sqlite" else path.unlink()
     assert ContentHashes(tmp_path / "cache").digests(paths, stats) == digests[:3]
+
+
+def test_contents_that_cannot_be_written_to_are_copied(tmp_path: Path) -> None:
+    put_images(tmp_path / "images", 2)
+    paths = sorted((tmp_path / "images").glob("*.png"))
+    stats = np.array([(path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+    hashes = ContentHashes(tmp_path)
+    known = hashes.digests(paths[:1], stats[:1])
+    hashes.close()
+    # SQLite cannot open its journal, as in a folder that is read-only.
+    (tmp_path / "contents.sqlite-wal").mkdir()
+    hashes = ContentHashes(tmp_path)
+    assert hashes.known(paths, stats) == [*known, None]
+    assert hashes.digests(paths, stats) == hashes.known(paths, stats)
 
 
 def test_contents_differ_by_pixels_shape_and_transparency(tmp_path: Path) -> None:

@@ -15,13 +15,11 @@ from PIL import Image
 from sd_train.data.batches import BatchSettings, Updates
 from sd_train.data.captions import sample_caption
 from sd_train.data.images import sample_view
-from sd_train.data.index import ImageIndex, Indexes, IndexOptions, balance, build_indexes
+from sd_train.data.index import ImageIndex, Indexes, IndexOptions, build_indexes
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.diffusion.schedule import Draws
 from sd_train.errors import DataError
 from sd_train.types import Progress
-
-REG = json.loads((Path(__file__).parent / "data/dataset_reg.json").read_text(encoding="utf-8"))["cases"]
 
 
 def put(folder: Path, name: str, size: tuple[int, int] = (64, 64), caption: str | None = None, **save: Any) -> None:
@@ -100,13 +98,6 @@ def test_size_follows_the_exif_orientation(tmp_path: Path, name: str, orientatio
     exif[0x0112] = orientation
     put(tmp_path, name, (100, 50), exif=exif)
     assert index(subset(tmp_path, class_tokens="x")).record(0).size == ((50, 100) if orientation > 4 else (100, 50))
-
-
-@pytest.mark.parametrize("case", REG)
-def test_regularisation_is_balanced_as_sd_scripts_does(case: dict[str, Any]) -> None:
-    own = [group["repeats"] for group in case["reg"] for _ in range(group["images"])]
-    expected = [count for group in case["reg_final_repeats"] for count in group]
-    assert balance(own, case["num_train_images"]).tolist() == expected
 
 
 def test_regularisation_images_in_the_index(tmp_path: Path) -> None:
@@ -377,3 +368,44 @@ def test_validation_keeps_away_from_what_is_not_split(tmp_path: Path) -> None:
     found = built(dataset(subset(tmp_path / "one"), validation_split=0.5), dataset(subset(tmp_path / "whole")))
     assert found.validation == ()
     assert "validation_split = 0.5 keeps no image" in found.training[0].warnings[0]
+
+
+def test_images_that_are_left_out_are_not_said_to_lack_captions(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        put(tmp_path, f"{name}.bmp", caption="x" if name == "a" else None)
+    cut = (tmp_path / "b.bmp").read_bytes()[:-100]
+    (tmp_path / "b.bmp").write_bytes(cut)
+    (tmp_path / "d.bmp").write_bytes(cut)
+    (tmp_path / "d.txt").write_bytes(b"\xfc")
+    found = built(dataset(subset(tmp_path, class_tokens="frog")), skip_broken_images=True).training[0]
+    assert list(found.keys) == ["a.bmp", "c.bmp"]
+    assert found.warnings[0] == "data.toml:3: 1 of 2 images have no .txt file and are trained with class_tokens " \
+                                "('frog'): c.bmp"
+    assert "2 of 4 images cannot be read and are left out" in found.warnings[1]
+    # An image that is left out needs no caption either.
+    (tmp_path / "c.bmp").write_bytes(cut)
+    found = built(dataset(subset(tmp_path)), skip_broken_images=True).training[0]
+    assert list(found.keys) == ["a.bmp"]
+
+
+def test_captions_of_several_folders_are_counted_each_for_itself(tmp_path: Path) -> None:
+    put(tmp_path / "one", "a.png", caption="red\n\nfirst, note")
+    put(tmp_path / "two", "a.png", caption="blue\nsecond, note")
+    put(tmp_path / "two", "b.png", caption="green\n")
+    found = index(subset(tmp_path / "one"), subset(tmp_path / "two"))
+    assert found.tag_frequency() == {"one": {"red": 1}, "two": {"blue": 1, "green": 1}}
+
+
+def test_captions_in_utf_16_without_mark_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_bytes("a frog".encode("utf-16-le"))
+    assert "a.txt: holds a null character, as text in UTF-16 does; save the file as UTF-8" in refusal(subset(tmp_path))
+
+
+def test_a_broken_avif_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "a.avif", caption="x")
+    content = (tmp_path / "a.avif").read_bytes()
+    pixels = content.index(b"mdat") + 4
+    (tmp_path / "a.avif").write_bytes(content[:pixels] + bytes(len(content) - pixels))
+    with pytest.raises(DataError, match=r"a\.avif: the image cannot be read \(Failed to decode"):
+        built(dataset(subset(tmp_path)), verify_images=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,9 @@ import pytest
 from PIL import Image
 
 from sd_train.data.config import DatasetRequest, load_datasets
-from sd_train.data.legacy import read_name
 from sd_train.data.settings import DatasetConfig
 from sd_train.errors import ConfigError
 
-FOLDERS: list[list[Any]] = json.loads(
-    (Path(__file__).parent / "data/legacy_folders.json").read_text(encoding="utf-8")
-)["folders"]
 SIZE = {"resolution": (64, 64), "batch_size": 3, "num_repeats": 7, "caption_extension": ".txt"}
 
 
@@ -29,25 +24,6 @@ def folders(root: Path, **given: Any) -> DatasetConfig:
     request = {name: root / value for name, value in given.items() if name != "command"}
     (dataset,) = load_datasets(DatasetRequest(given.get("command", "train_network"), fallbacks=SIZE, **request))
     return dataset
-
-
-@pytest.mark.parametrize("case", FOLDERS, ids=repr)
-def test_names_of_folders_are_read_as_sd_scripts(case: list[Any], tmp_path: Path) -> None:
-    name, *expected = case
-    folder(tmp_path / "train" / name)
-    folder(tmp_path / "train" / "1_other")
-    datasets = load_datasets(DatasetRequest("train_db", train_data_dir=tmp_path / "train", fallbacks=SIZE))
-    found = {subset.image_dir.name: subset for subset in datasets[0].subsets}
-    read = read_name(name)
-    if expected:
-        assert read is not None
-        assert [read.num_repeats, read.class_tokens] == expected
-        assert [found[name].num_repeats, found[name].class_tokens, found[name].is_reg] == [*expected, False]
-    else:
-        assert name not in found
-        # Names that begin with a dot are passed over like hidden files.
-        told = any(f"{name!r}: is left out" in warning for warning in datasets[0].warnings)
-        assert told or name.startswith(".")
 
 
 def test_folders_with_repeats_are_one_dataset(tmp_path: Path) -> None:

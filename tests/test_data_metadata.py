@@ -335,3 +335,51 @@ def test_jxl_is_an_image_where_its_plugin_is_installed(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", f"import sys; sys.path.append({str(Path.cwd())!r}); {code}"],
                          cwd=tmp_path, capture_output=True, text=True, check=True)  # fmt: skip
     assert run.stdout.split() == ["False", "True"]
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    put(tmp_path / "a.png")
+    meta = write(tmp_path / "meta.json", {"a": {"caption": "x"}, "loop/b": {"caption": "x"}})
+    message = refusal(meta, tmp_path)
+    assert "loop': the folder of images" in message
+    assert "cannot be read (Too many levels of symbolic links)" in message
+
+
+def test_an_absent_image_is_one_problem_whatever_else_it_lacks(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    meta = write(tmp_path / "meta.json", {"a": {"caption": "x"}, "gone": {}})
+    for options in (IndexOptions(), IndexOptions(verify_images=True)):
+        message = refusal(meta, tmp_path, options)
+        assert "1 of its 2 images are not on disk" in message
+        assert "no caption" not in message
+        assert "cannot be read" not in message
+
+
+def test_a_parquet_file_without_rows_is_named(tmp_path: Path) -> None:
+    kept = parquet(tmp_path / "m.parquet", [{"bytes": encoded((64, 64)), "path": None}], ["x"])
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(kept).slice(0, 0), kept)
+    assert "m.parquet': holds no image; add rows or leave the subset out" in refusal(kept)
+
+
+def test_masks_are_verified_with_their_images(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.bmp", "d.png"):
+        put(tmp_path / "images" / name)
+        put(tmp_path / "masks" / name)
+    put(tmp_path / "masks" / "b.png", (64, 128))
+    (tmp_path / "masks" / "c.bmp").write_bytes((tmp_path / "masks" / "c.bmp").read_bytes()[:-100])
+    (tmp_path / "masks" / "d.png").write_bytes(b"none")
+    subset = SubsetConfig(tmp_path / "images", conditioning_data_dir=tmp_path / "masks", class_tokens="x", origin="s")
+    dataset = DatasetConfig(1, (64, 64), subsets=(subset,), origin="d")
+    with pytest.raises(DataError) as caught:
+        build_indexes([dataset], IndexOptions(verify_images=True))
+    message = str(caught.value)
+    assert "3 images cannot be read" in message
+    assert "b.png: the mask is 64x128 pixels" in message
+    assert "masks/c.bmp: the image cannot be read" in message
+    assert "masks/d.png: no image that Pillow can read" in message
+    [found] = build_indexes([dataset], IndexOptions(skip_broken_images=True)).training
+    assert list(found.keys) == ["a.png"]
+    assert "images/b.png: its mask cannot be used" in found.left_out[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,17 @@ from safetensors.torch import load_file, save_file
 
 from sd_train.objectives.denoise import Denoise
 from sd_train.train_network import main
-from tests.runs import PHOTOS, differences, largest_difference, metadata, train, words, write_dataset
+from tests.runs import (
+    PHOTOS,
+    command,
+    differences,
+    largest_difference,
+    metadata,
+    run_process,
+    train,
+    words,
+    write_dataset,
+)
 
 UNET = "--max_train_steps 5 --network_train_unet_only"
 
@@ -160,3 +171,28 @@ def test_masks_weight_the_loss(tiny_model: Path, tmp_path: Path, capsys: pytest.
         "--max_train_steps 2",
     )  # fmt: skip
     assert largest_difference(half, plain) < 1e-5
+
+
+def test_where_one_of_two_processes_fails_to_fill_its_share_both_say_so(
+    tiny_model: Path, tmp_path: Path, counted: dict[str, int]
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(PHOTOS, photos)
+    dataset = write_dataset(tmp_path / "d.toml", size=96)
+    dataset.write_text(dataset.read_text().replace(str(PHOTOS), str(photos)))
+    # The other process has its share done by then, which is kept.
+    broken = sorted(photos.glob("*.jpg"))[-1]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:3000])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    launch = f"torch.distributed.run --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port} -m".split()
+    more = f"--max_train_steps 1 --cache_latents_to_disk --cache_dir {tmp_path / 'cache'}"
+    said = run_process(command(*launch, "sd_train.train_network", *words(tiny_model, dataset, tmp_path / "two", more)))
+    # Both end in a message, none in a lost connection.
+    assert f"error: {broken}: the image cannot be read" in said.stderr
+    assert "error: another process could not fill its share" in said.stderr
+    assert "[rank" not in said.stderr
+    broken.write_bytes(whole)
+    train(tiny_model, dataset, tmp_path / "one", more)
+    assert 0 < counted["images"] <= len(list(photos.glob("*.jpg"))) // 2

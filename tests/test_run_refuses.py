@@ -224,3 +224,23 @@ def test_the_demonstration_says_where_everything_is(tmp_path: Path, capsys: pyte
     assert places["LoRA"].is_file()
     assert len(list(places["samples"].glob("*.png"))) == 6
     assert list(places["TensorBoard"].rglob("events.out.tfevents.*"))
+
+
+def test_an_image_that_breaks_off_names_the_ways_to_find_all(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(PHOTOS, folder)
+    broken = sorted(folder.glob("*.jpg"))[0]
+    broken.write_bytes(broken.read_bytes()[:-4000])
+    dataset = write_dataset(tmp_path / "d.toml")
+    dataset.write_text(dataset.read_text().replace(str(PHOTOS), str(folder)))
+    arguments = words(tiny_model, dataset, tmp_path / "out", "--max_train_epochs 1 --cache_latents")
+    assert main(arguments) == 3
+    said = capsys.readouterr().err
+    assert str(broken) in said
+    assert "--skip_broken_images" in said
+    assert main([*arguments, "--verify_images"]) == 3
+    assert str(broken) in capsys.readouterr().err
+    assert main([*arguments, "--skip_broken_images"]) == 0
+    assert broken.name in capsys.readouterr().err

@@ -2,13 +2,15 @@
 
 Makes random datasets and options, asks `sd-train plan` and `sd-train explain` what a run will do, then runs it on a
 tiny model and writes down what reaches the objective: path, bucket, crop, flip, caption, timestep, weight, mask. Both
-must agree, sample by sample. Prints a line for each configuration and ends with the number of those that differ.
+must agree, sample by sample. Some runs are stopped half-way, as by Ctrl-C, and resumed; what comes from caches is
+compared with what is encoded anew. Prints a line for each configuration and ends with the number of those that differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -37,7 +39,9 @@ def make_folder(folder: Path, rng: random.Random, count: int, *, captions: bool,
         size = rng.randint(100, 200), rng.randint(100, 200)
         small = Image.new("RGBA" if alpha else "RGB", (7, 5))
         small.putdata([tuple(rng.randrange(256) for _ in small.getbands()) for _ in range(35)])
-        path = folder / f"{WORDS[number]} {number}.{'png' if alpha else rng.choice(('png', 'jpg', 'webp'))}"
+        # Centre and size of a face.
+        face = f"_{size[0] // 2}_{size[1] // 3}_40_30" if rng.random() < 0.3 else ""
+        path = folder / f"{WORDS[number]} {number}{face}.{'png' if alpha else rng.choice(('png', 'jpg', 'webp'))}"
         small.resize(size, Image.Resampling.BICUBIC).save(path)
         if captions:
             text = "\n".join(", ".join(rng.sample(WORDS, rng.randint(1, 7))) for _ in range(rng.randint(1, 3)))
@@ -46,7 +50,7 @@ def make_folder(folder: Path, rng: random.Random, count: int, *, captions: bool,
     return paths
 
 
-def subset_options(rng: random.Random, cached: bool) -> dict[str, Any]:
+def subset_options(rng: random.Random, cached: bool, bucketed: bool) -> dict[str, Any]:
     """Random keys of a subset that trains."""
     choices: dict[str, list[Any]] = {
         "num_repeats": [1, 2, 3, 1.5, 0.75],
@@ -65,6 +69,8 @@ def subset_options(rng: random.Random, cached: bool) -> dict[str, Any]:
     }
     if not cached:
         choices |= {"random_crop": [True, False], "color_aug": [True, False]}
+    if bucketed or not cached:
+        choices["face_crop_aug_range"] = [[1.5, 3.0], [2.0, 2.0]]
     return {name: rng.choice(values) for name, values in choices.items() if rng.random() < 0.4}
 
 
@@ -73,10 +79,22 @@ def toml_lines(values: dict[str, Any]) -> list[str]:
     return [f"{name} = {json.dumps(value)}" for name, value in values.items()]
 
 
+def cache_options(rng: random.Random, cached: bool) -> list[str]:
+    """Random options of caches; latents are `cached`."""
+    options = []
+    if cached:
+        options.append(rng.choice(("--cache_latents", "--cache_latents_to_disk")))
+        options += [*("--vae_batch_size", str(rng.randint(1, 3))), *rng.choice((["--cache_latents_sample"], []))]
+    if rng.random() < 0.4:
+        texts = rng.choice(("--cache_text_encoder_outputs", "--cache_text_encoder_outputs_to_disk"))
+        options += ["--network_train_unet_only", texts, "--cache_caption_variants", str(rng.randint(1, 3))]
+    return options
+
+
 def make_dataset(place: Path, rng: random.Random) -> tuple[Path, list[str]]:
     """A random dataset file in `place`, and the options that belong to it."""
-    cached = rng.random() < 0.4
-    options = ["--cache_latents"] if cached else []
+    cached = rng.random() < 0.5
+    options = cache_options(rng, cached)
     style = rng.choice(["captions", "captions", "class", "metadata", "masks", "alpha"])
     if style == "masks":
         options.append("--masked_loss")
@@ -96,7 +114,8 @@ def make_dataset(place: Path, rng: random.Random) -> tuple[Path, list[str]]:
         for part in range(rng.choice((1, 1, 2))):
             folder = place / f"images {number} {part}"
             images = make_folder(folder, rng, rng.randint(2, 7), captions=style != "class", alpha=style == "alpha")
-            subset = {"image_dir": str(folder), "caption_extension": ".txt", **subset_options(rng, cached)}
+            subset: dict[str, Any] = {"image_dir": str(folder), "caption_extension": ".txt"}
+            subset |= subset_options(rng, cached, "enable_bucket" in dataset)
             if style == "class":
                 subset["class_tokens"] = "sks cat"
             elif style == "alpha":
@@ -139,12 +158,21 @@ def make_words(place: Path, rng: random.Random, model: Path) -> list[str]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Shown]]:
-    """What reaches the objective meanwhile, a row for each sample with weight."""
+    """What reaches the objective meanwhile, a row for each sample."""
+    from sd_train.data.batches import Updates
     from sd_train.objectives.denoise import Denoise
     from sd_train.trainables.lora import Lora
 
     found: list[Shown] = []
-    real_loss, real_before, step = Denoise.loss, Lora.before_batch, [0]
+    real_loss, real_before, real_prepare, step = Denoise.loss, Lora.before_batch, Updates._prepare, [0]
+
+    def prepare(self: Any, task: Any) -> Any:
+        batch = real_prepare(self, task)
+        if self.cache is not None or self.texts is not None:
+            plain = copy.copy(self)
+            plain.cache = plain.texts = None
+            batch.plain = real_prepare(plain, task)  # type: ignore[attr-defined]
+        return batch
 
     def before_batch(self: Any, update: Any, batch: Any) -> None:
         step[0] = update.step
@@ -156,18 +184,51 @@ def recorded() -> Iterator[list[Shown]]:
             shape = batch.noise.shape[3] * 8, batch.noise.shape[2] * 8
             assert shape == (geometry.target[1], geometry.target[0])
             masked = batch.mask is not None
+            same = not hasattr(batch, "plain") or is_same(self.family, batch, batch.plain)
             weight = round(float(batch.weight[row]), 5)
             found.append((
                 path, step[0] + 1, batch.micro + 1, shape, geometry.crop, geometry.flipped, batch.captions[row],
-                int(batch.timesteps[row]), weight, masked,
+                int(batch.timesteps[row]), weight, masked, same,
             ))  # fmt: skip
         return real_loss(self, batch)
 
-    Denoise.loss, Lora.before_batch = loss, before_batch  # type: ignore[method-assign]
+    Denoise.loss, Lora.before_batch, Updates._prepare = loss, before_batch, prepare  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        Denoise.loss, Lora.before_batch = real_loss, real_before  # type: ignore[method-assign]
+        Denoise.loss, Lora.before_batch, Updates._prepare = (  # type: ignore[method-assign]
+            real_loss, real_before, real_prepare,
+        )  # fmt: skip
+
+
+def is_same(family: Any, cached: Any, plain: Any) -> bool:
+    """Whether a batch from caches holds what its pictures and captions give when they are encoded now."""
+    import torch
+
+    found, encoded = [(cached.mask, plain.mask)], []
+    if cached.images is not None:
+        encoded.append((cached.images, family.encode_images(plain.pixels)))
+    if cached.texts is not None:
+        with torch.no_grad():
+            encoded.append((cached.texts, family.encode_texts(plain.captions)))
+    found += [(rows[name], now[name]) for rows, now in encoded for name in now]
+    return cached.captions == plain.captions and all(
+        before is now is None or (before is not None and now is not None and torch.allclose(before, now, atol=1e-4))
+        for before, now in found
+    )
+
+
+@contextlib.contextmanager
+def stopping(after: int) -> Iterator[None]:
+    """Trainings end after update number `after` meanwhile, as Ctrl-C ends them."""
+    from sd_train.guard import Guard
+
+    real = Guard.should_stop
+    Guard.should_stop = lambda self, step: step >= after  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Guard.should_stop = real  # type: ignore[method-assign]
 
 
 def said(main: Any, words: list[str]) -> Any:
@@ -197,17 +258,28 @@ def expected(words: list[str], plan: dict[str, Any]) -> list[Shown]:
     return rows
 
 
-def differences(words: list[str]) -> list[str]:
-    """Run the training that `words` ask for; where it differs from its plan, in words."""
+def differences(words: list[str], part: float = 1.0) -> list[str]:
+    """Run the training that `words` ask for; where it differs from its plan, in words.
+
+    With `part` below 1 the run is stopped after that share of its updates, and resumed.
+    """
     from sd_train.commands.plan import main as plan_command
     from sd_train.train_network import main as train_network
 
     plan = said(plan_command, ["train_network", "--json", *words])
     wanted = expected(words, plan)
     with recorded() as found, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        code = train_network(words)
+        stop = int(part * plan["total_updates"])
+        code = 0
+        if 0 < stop < plan["total_updates"]:
+            with stopping(stop):
+                code = train_network(words)
+            words = [*words, "--resume", "latest"]
+        code = code or train_network(words)
     wrong = [] if code == 0 else [f"the training ended with {code}"]
-    rows = [row[:-1] for row in found]
+    rows = [row[:-2] for row in found]
+    if not all(row[-1] for row in found):
+        wrong.append(f"{sum(not row[-1] for row in found)} samples from caches are not what encoding gives")
     if Counter(rows) != Counter(wanted):
         missing, extra = Counter(wanted) - Counter(rows), Counter(rows) - Counter(wanted)
         wrong.append(f"{missing.total()} samples did not come, {extra.total()} came unplanned")
@@ -251,8 +323,9 @@ def check(count: int, seed: int, model: Path) -> int:
     failed = 0
     for number in range(seed, seed + count):
         with tempfile.TemporaryDirectory() as folder:
-            words = make_words(Path(folder), random.Random(number), model)
-            wrong = differences(words)
+            rng = random.Random(number)
+            words = make_words(Path(folder), rng, model)
+            wrong = differences(words, rng.choice((1.0, 1.0, 0.4)))
             failed += bool(wrong)
             print(f"configuration {number}: " + ("agrees" if not wrong else "\n  ".join(["DIFFERS", *wrong])))
     return failed

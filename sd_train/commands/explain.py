@@ -72,7 +72,9 @@ def main(argv: Sequence[str]) -> int:
     from sd_train.plan import prepare
     from sd_train.report import say_line
 
-    prepared = prepare(config)
+    prepared = prepare(config, trains=False)
+    if not prepared.device.is_main:
+        return 0
     found = [
         (path, shown, [*_first(showings(prepared, number, row), None if as_json and most is None else most or 20)])
         for number, index in enumerate(prepared.plan.indexes)
@@ -84,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     if as_json:
         print(json.dumps(
             [{"path": path, "repeats": repeats, "shown": list(map(asdict, times))} for path, repeats, times in found],
-            indent=1, ensure_ascii=False,
+            indent=1,
         ))  # fmt: skip
         return 0
     say_line(f"seed: {prepared.progress.seed}")

@@ -15,7 +15,9 @@ repeats, buckets and what they cut off, batches and updates, saves with their si
   COMMAND   train_network
   --json    print everything, image by image, as JSON
 
-For instance: sd-train plan train_network --config_file run.toml"""
+For instance: sd-train plan train_network --config_file run.toml
+
+For several processes, ask as they are started: torchrun --nproc_per_node 2 -m sd_train plan train_network ..."""
 
 TRAINING_COMMANDS = ("train_network",)
 
@@ -38,16 +40,20 @@ def main(argv: Sequence[str]) -> int:
 
     config = load_config(words[0], words[1:])
     from sd_train.plan import prepare
-    from sd_train.plan_report import describe, describe_outputs, plan_json
+    from sd_train.plan_report import describe, describe_outputs, disk_warnings, plan_json
     from sd_train.plan_warnings import plan_warnings
     from sd_train.report import say_line, warn_line
 
-    prepared = prepare(config)
-    if len(words) < len(argv):
-        print(json.dumps(plan_json(prepared), indent=1, ensure_ascii=False))
+    prepared = prepare(config, trains=False)
+    if not prepared.device.is_main:
         return 0
-    for warning in plan_warnings(prepared):
+    if len(words) < len(argv):
+        print(json.dumps(plan_json(prepared), indent=1))
+        return 0
+    for warning in (*plan_warnings(prepared), *disk_warnings(prepared)):
         warn_line(warning)
+    if prepared.resume is None and not config.saving.overwrite and (left := prepared.names.existing()):
+        warn_line(f"{config.saving.output_dir} holds another run's files ({left[0].name}): this run would be refused")
     say_line(f"seed: {prepared.progress.seed}")
     say_line(describe(prepared.plan, config))
     say_line(describe_outputs(prepared))

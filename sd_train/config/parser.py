@@ -110,6 +110,9 @@ def _merge(line: CommandLine, problems: Problems) -> dict[str, Given]:
             problems.add("--output_config", None, "needs a path to write to", "give it as --config_file NEW.toml")
         elif os.path.exists(with_suffix(path.value)):
             problems.add("--config_file", path.value, "exists already and is not overwritten", "name a new file")
+    elif path is not None and path.value.lower().endswith(".json"):
+        way_out = "write the options as TOML (name = value, a line each), or give them on the command line"
+        problems.add("--config_file", path.value, "is a JSON file, and options are read from TOML", way_out)
     elif path is not None and path.value != "":
         from_file = read_config_file(with_suffix(path.value), problems)
         if (wish := from_file.get("output_config")) is not None and wish.value not in (False, ""):
@@ -138,7 +141,7 @@ def _without_unsupported(given: Mapping[str, Given], problems: Problems, warning
             continue
         if known is None or known.status == "supported":
             supported[name] = entry
-        elif known.kind == "flag" and entry.value is not True:
+        elif known.kind == "flag" and entry.value not in (True, name):
             problems.add(entry.where(name), entry.value, "must be true or false", "write true or false without quotes")
         elif known.status == "no_effect":
             warnings.append(f"{entry.where(name)} has no effect: {known.note}")

@@ -145,6 +145,9 @@ def _note(
     elif name == "config_file":
         if value != "":
             problems.add(place, value, "a configuration file cannot name another", "put all options into one file")
+    elif kind_of(name) is None and value == "":
+        # Files that a graphical interface writes hold the options of other model families, empty.
+        return
     elif kind_of(name) is None:
         shown = None if isinstance(value, dict | list) else value
         in_list = len(keys) > 1 and kind_of(keys[0]) == "list"

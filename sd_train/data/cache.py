@@ -16,7 +16,17 @@ from sd_train.data.content import ContentHashes, ahead, content_digest
 from sd_train.data.encoding import Encode, Encoder, FillOptions, Shown, centred_pictures
 from sd_train.data.images import decode
 from sd_train.data.index import ImageIndex
-from sd_train.data.npz import Mismatch, find_npz, has_npz, read_npz, summary
+from sd_train.data.npz import (
+    SUFFIX,
+    Mismatch,
+    NpzRows,
+    find_npz,
+    has_npz,
+    read_alone,
+    read_npz,
+    stands_alone,
+    summary,
+)
 from sd_train.data.row_names import RowNames
 from sd_train.data.store import Handles, RowStore
 from sd_train.errors import DataError
@@ -115,24 +125,34 @@ class MemoryCache:
     def _fill_one(self, number: int, sizes: dict[int, int], encode: Encode, options: FillOptions) -> None:
         index, kinds = self._indexes[number], self._kinds[number]
 
-        def read(place: int) -> list[Shown]:
+        def read(place: int) -> list[Shown] | NpzRows:
             record = index.record(place)
+            if stands_alone(record.path):
+                return read_alone(record)
             pictures = centred_pictures(decode(record.path), record, bool(kinds.mirrored[place]))
             return [Shown(record.path, picture, place, bool(flip)) for flip, picture in enumerate(pictures)]
 
         def keep(chosen: list[Shown], rows: dict[str, Tensor]) -> None:
-            bucket, masked = int(index.bucket_of[chosen[0].place]), "mask" in rows
+            put([(shown.place, shown.flip) for shown in chosen], rows)
+
+        def put(chosen: list[tuple[int, bool]], rows: dict[str, Tensor]) -> None:
+            bucket, masked = int(index.bucket_of[chosen[0][0]]), "mask" in rows
             table = self._tables.setdefault((number, bucket, masked), {})
-            slots = torch.tensor([int(self._slots[number][shown.place, int(shown.flip)]) for shown in chosen])
+            slots = torch.tensor([int(self._slots[number][place, int(flip)]) for place, flip in chosen])
             for name, encoded in rows.items():
                 if name not in table:
                     table[name] = torch.empty((sizes[2 * bucket + masked], *encoded.shape[1:]), dtype=encoded.dtype)
                 table[name][slots] = encoded
 
         encoder = Encoder(encode, options.batch_size, keep)
-        for shown in ahead(read, kinds.order.tolist(), options.workers, options.window):
-            for one in shown:
-                encoder.add(one)
+        order = kinds.order.tolist()
+        for place, found in zip(order, ahead(read, order, options.workers, options.window), strict=True):
+            if isinstance(found, NpzRows):
+                for flip, rows in enumerate(found.rows()):
+                    put([(place, bool(flip))], {name: torch.from_numpy(row[None]) for name, row in rows.items()})
+            else:
+                for one in found:
+                    encoder.add(one)
             options.progress(1)
         encoder.finish()
 
@@ -266,7 +286,10 @@ class DiskCache:
 
     def _find_npz(self) -> list[tuple[Path, str]]:
         """Look for .npz files; those that are too old, with that reason."""
-        self._npz = [{} for _ in self._indexes]
+        self._npz = [
+            {place: index.path(place) for place, key in enumerate(index.keys) if key.endswith(SUFFIX)}
+            for index in self._indexes
+        ]
         unfit: list[tuple[Path, str]] = []
         if self.npz_suffix is None:
             return unfit
@@ -276,7 +299,7 @@ class DiskCache:
                 folder = subset, os.path.dirname(key)
                 if folder not in any_there:
                     any_there[folder] = has_npz(index.path(place).parent)
-                if not any_there[folder]:
+                if not any_there[folder] or place in self._npz[number]:
                     continue
                 width, height = index.sizes[place].tolist()
                 path = find_npz(index.path(place), (width, height), self.npz_suffix)
@@ -296,8 +319,9 @@ class DiskCache:
             for keys, (place, path) in zip(
                 self.names.keys(index, places, contents, npz=True), files.items(), strict=True
             ):
+                record = index.record(place)
                 try:
-                    found = read_npz(path, index.record(place)).rows()
+                    found = (read_alone(record) if stands_alone(record.path) else read_npz(path, record)).rows()
                 except Mismatch as reason:
                     unfit.append((path, str(reason)))
                     continue

@@ -206,14 +206,14 @@ class _Reader:
         return found
 
     def check_twice(self, subsets: Mapping[Key, SubsetConfig]) -> None:
-        """sd-scripts leaves the second one out; here it is a problem."""
+        """sd-scripts leaves the second one out; here it is a problem. A link is another folder, as there."""
         seen: dict[str, SubsetConfig] = {}
         for place, subset in subsets.items():
             name, noun = ("metadata_file", "file") if subset.metadata_file else ("image_dir", "folder")
             path: Path = getattr(subset, name)
             if self.is_wrong(place, name) or (path == Path() and name not in self.given(place)):
                 continue
-            first = seen.setdefault(os.path.realpath(path), subset)
+            first = seen.setdefault(os.path.abspath(path), subset)
             if first is not subset:
                 rule = f"is the {noun} of {first.origin} once more"
                 self.problems.add(self.source.where(*place, name), str(path), rule,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sd_train.data.images import Decoded, decode
+from sd_train.data.npz import stands_alone
 from sd_train.errors import DataError, RunError
 
 Stats = NDArray[np.int64]
@@ -63,7 +64,8 @@ def ahead(
 class ContentHashes:
     """Remembers what files hold by path, size and time of change, in `cache_dir`; None: for this object's life alone.
 
-    Any number of processes may use one `cache_dir`; one object belongs to one thread at a time.
+    Any number of processes may use one `cache_dir`; one object belongs to one thread at a time. Of a folder that cannot
+    be written to it takes a copy, and forgets what is new.
     """
 
     def __init__(self, cache_dir: Path | None) -> None:
@@ -73,7 +75,10 @@ class ContentHashes:
                 cache_dir.mkdir(parents=True, exist_ok=True)
             self._database = self._opened()
         except sqlite3.OperationalError as problem:
-            raise RunError(f"{self._place}: cannot be opened ({problem}); choose another --cache_dir") from None
+            try:
+                self._database = self._copied()
+            except sqlite3.Error:
+                raise RunError(f"{self._place}: cannot be opened ({problem}); choose another --cache_dir") from None
         except sqlite3.DatabaseError:
             # It holds nothing that cannot be computed again.
             for tail in ("", "-wal", "-shm"):
@@ -140,6 +145,17 @@ class ContentHashes:
         database.commit()
         return database
 
+    def _copied(self) -> sqlite3.Connection:
+        """What stands in a file that cannot be written to."""
+        memory = sqlite3.connect(":memory:", check_same_thread=False)
+        file = sqlite3.connect(f"{Path(self._place).absolute().as_uri()}?immutable=1", uri=True)
+        try:
+            file.backup(memory)
+        finally:
+            file.close()
+        memory.execute(_TABLE)
+        return memory
+
     def _known(self, names: Sequence[bytes], stats: Stats) -> list[bytes | None]:
         found: list[bytes | None] = []
         for start in range(0, len(names), _AT_ONCE):
@@ -177,6 +193,10 @@ def _name(path: Path) -> bytes:
 
 def _digest_of(path: Path) -> bytes | DataError:
     try:
+        if stands_alone(path):
+            return hashlib.sha256(path.read_bytes()).digest()[:DIGEST_BYTES]
         return content_digest(decode(path))
+    except OSError as problem:
+        return DataError(f"{path}: cannot be read ({problem.strerror}); check the file")
     except DataError as problem:
         return problem

@@ -267,7 +267,7 @@ def read_captions(
                     finally:
                         os.close(file)
                     state = CAPTION_READ
-                    if not content or not content.isascii() or b"\r" in content:
+                    if not content or not content.isascii() or b"\r" in content or b"\0" in content:
                         content, state = _plain(content)
                 except OSError:
                     pass  # `_caption_problem` finds the reason.
@@ -312,6 +312,8 @@ def _whole(content: bytes, descriptor: int) -> bytes:
 
 def _plain(content: bytes) -> tuple[bytes, int]:
     """A caption file's text without byte order mark, with plain newlines, and its state."""
+    if b"\0" in content:
+        return b"", CAPTION_BAD
     if not content.isascii():
         content = content.removeprefix(_MARK)
         if not _is_utf8((content,)):
@@ -325,9 +327,11 @@ def _caption_problem(path: Path, state: int) -> str:
     if state == CAPTION_EMPTY:
         return f"{path}: the caption file is empty; write the caption, or one blank line for no caption"
     try:
-        read_text(path, DataError)
+        text = read_text(path, DataError)
     except DataError as problem:
         return str(problem)
+    if "\0" in text:
+        return f"{path}: holds a null character, as text in UTF-16 does; save the file as UTF-8"
     return f"{path}: could not be read, but can be now; start again"
 
 

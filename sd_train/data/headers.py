@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from sd_train.errors import DataError
+from sd_train.errors import ImageError
 
 HEAD = 4096
 """Bytes that hold the whole header of most files."""
@@ -65,16 +65,19 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         with Image.open(_source(path)) as image:
             yield image
     except Image.DecompressionBombError:
-        raise DataError(f"{path}: the image has more pixels than Pillow reads; scale it down") from None
+        raise ImageError(f"{path}: the image has more pixels than Pillow reads; scale it down") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path}: no image that Pillow can read; remove it or save it anew as PNG or JPEG") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as problem:
+        raise ImageError(f"{path}: no image that Pillow can read; remove it or save it anew as PNG or JPEG") from None
+    except PermissionError:
+        raise ImageError(f"{path}: the image cannot be opened (permission denied); check its permissions") from None
+    # Pillow's reader of AVIF raises RuntimeError.
+    except (OSError, RuntimeError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as problem:
         reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
-        raise DataError(f"{path}: the image cannot be read ({reason}); remove it or save it anew") from None
+        raise ImageError(f"{path}: the image cannot be read ({reason}); remove it or save it anew") from None
 
 
 def _source(path: Path) -> Path | BytesIO:
-    if path.parent.suffix == ".parquet" and path.parent.is_file():
+    if path.parent.suffix.lower() == ".parquet" and path.parent.is_file():
         from sd_train.data.parquet import image_bytes
 
         return BytesIO(image_bytes(path))

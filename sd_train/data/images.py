@@ -22,7 +22,7 @@ from sd_train.data.headers import open_image, orientation
 from sd_train.data.masks import cell_weights, check_aspect, seen_mask
 from sd_train.data.record import ImageRecord
 from sd_train.data.resize import Pixels, cut_out, too_large
-from sd_train.errors import DataError
+from sd_train.errors import DataError, ImageError
 from sd_train.randomness import stream
 from sd_train.types import Geometry
 
@@ -128,11 +128,10 @@ def sample_view(record: ImageRecord, seed: int, epoch: int, repeat: int) -> View
     rng = stream(seed, "image", epoch, record.key, repeat)
     flip = subset.flip_aug and rng.random() < 0.5
     colour = draw_colour(stream(seed, "colour", epoch, record.key, repeat)) if subset.color_aug else None
-    face = face_in_name(record.path.stem, record.size) if subset.face_crop_aug_range is not None else None
-    if face is not None and subset.face_crop_aug_range is not None:
-        placed = place_on_face(
-            rng, face, record.size, record.bucket, subset.face_crop_aug_range, random_crop=subset.random_crop
-        )
+    span = None if record.bucketed else subset.face_crop_aug_range
+    face = face_in_name(record.path.stem, record.size) if span is not None else None
+    if face is not None and span is not None:
+        placed = place_on_face(rng, face, record.size, record.bucket, span, random_crop=subset.random_crop)
         return View(placed.resized, placed.crop, flip, colour)
     if not subset.random_crop:
         return View(record.resized, crop_box(record.resized, record.bucket), flip, colour)
@@ -220,7 +219,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             image.load()
             yield image
     except RuntimeError as problem:
-        raise DataError(f"{path}: the image cannot be read ({problem}); remove it or save it anew") from None
+        raise ImageError(f"{path}: the image cannot be read ({problem}); remove it or save it anew") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,9 +19,10 @@ from sd_train.data.assignment import assign_columns, much_enlarged
 from sd_train.data.buckets import Size, too_small
 from sd_train.data.columns import TextColumn
 from sd_train.data.content import ContentHashes
+from sd_train.data.npz import SUFFIX, misfit
 from sd_train.data.record import ImageRecord
 from sd_train.data.settings import DatasetConfig
-from sd_train.data.split import choose_validation, unchanged, verify
+from sd_train.data.split import choose_validation, unchanged, verify, verify_masks
 from sd_train.data.subset import IndexOptions, SubsetFiles, SubsetReader, first_names
 from sd_train.errors import DataError, Problem, Problems
 
@@ -97,6 +99,7 @@ class ImageIndex:
             weight=float(self.weights[number]),
             is_reg=subset.is_reg,
             mask=subset.conditioning_data_dir / mask if mask and subset.conditioning_data_dir else None,
+            bucketed=self.dataset.enable_bucket,
         )
 
     @property
@@ -161,9 +164,10 @@ def build_indexes(datasets: Sequence[DatasetConfig], options: IndexOptions) -> I
         DataError: with every problem of all datasets: no image, captions missing or unreadable, images unreadable,
             metadata that is wrong, masks missing, images that no bucket can take.
     """
-    problems, reader = Problems(), SubsetReader(datasets, options)
-    decodes = options.verify_images or options.skip_broken_images or any(item.validation_split for item in datasets)
+    problems, verifies = Problems(), options.verify_images or options.skip_broken_images
+    decodes = verifies or any(item.validation_split for item in datasets)
     with closing(ContentHashes(options.cache_dir if decodes else None)) as hashes:
+        reader = SubsetReader(datasets, options, partial(verify, hashes=hashes) if verifies else None)
         listings = [_list(dataset, reader, hashes, problems) for dataset in datasets]
         listed = [(listing.dataset, listing.files) for listing in listings]
         chosen = choose_validation(listed, hashes, options.seed, problems, [listing.warnings for listing in listings])
@@ -187,7 +191,7 @@ def _list(dataset: DatasetConfig, reader: SubsetReader, hashes: ContentHashes, p
         files = reader.read(subset, problems, warnings)
         broken = dict(files.broken)
         if options.verify_images or options.skip_broken_images:
-            broken |= verify(files, hashes)
+            broken |= verify_masks(files, hashes)
         messages = [broken[row] for row in sorted(broken)]
         if messages and options.skip_broken_images:
             left_out += messages
@@ -266,7 +270,7 @@ def _index(
         return None
     keys = TextColumn.join([files.keys for files in used])
     captions = TextColumn.join([files.captions for files in used])
-    return ImageIndex(
+    index = ImageIndex(
         dataset=dataset,
         keys=keys,
         captions=captions,
@@ -287,6 +291,18 @@ def _index(
         left_out=listing.left_out,
         roots=tuple(files.root for files in used),
     )
+    if any(files.latents_only for files in used):
+        _note_misfits(index, problems)
+    return index
+
+
+def _note_misfits(index: ImageIndex, problems: Problems) -> None:
+    """Name the first five files of latents without image that cannot be trained as their subsets ask for."""
+    paths = [row for row, key in enumerate(index.keys) if key.endswith(SUFFIX)]
+    found = [text for row in paths if (text := misfit(index.record(row))) is not None]
+    if found:
+        problems.add(index.dataset.origin, None, f"{len(found)} of {len(paths)} latents without image do not fit: "
+                     + first_names(found, "\n      "), "mend them all")
 
 
 def _joined(parts: Sequence[NDArray[_Number]]) -> NDArray[_Number]:
@@ -312,9 +328,9 @@ def _captions_of_folders(
         if len(part) == len(captions):
             texts = captions
         elif len(part) == len(whole):
-            ends = captions.ends[row : row + len(part)]
-            start = int(captions.ends[row - 1]) if row else 0
-            texts = TextColumn(captions.data[start : int(ends[-1]) if len(ends) else start], ends - start)
+            ends, starts = captions.ends, captions.starts
+            starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if starts is None else starts
+            texts = TextColumn(captions.data, ends[row : row + len(part)], starts[row : row + len(part)])
         result.append((whole.name, texts))
         row += len(part)
     return tuple(result)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from sd_train.config.textfile import read_text
 from sd_train.data.columns import TextColumn
 from sd_train.data.folders import list_folder
+from sd_train.data.npz import SUFFIX, LatentsFolders
 from sd_train.data.settings import SubsetConfig
 from sd_train.errors import DataError, Problem, Problems
 
@@ -54,6 +55,18 @@ class Resolved:
     """[N]: which entry each is."""
     missing: Mapping[int, str]
     """Message for each that is not on disk, by its place in `keys`."""
+    latents: NDArray[np.int64]
+    """Places in `keys` of images that are not on disk, but have sd-scripts' latents there."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """sd-scripts' latents files as a run uses them."""
+
+    suffix: str
+    """"_sd" or "_sdxl"."""
+    used: bool
+    """Whether the run caches latents, so that they may stand for images that are not on disk."""
 
 
 def metadata_root(subset: SubsetConfig) -> Path:
@@ -271,10 +284,15 @@ class _Folder:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self.problem: str | None = None
+        """Why the folder that is there cannot be listed."""
+        self._names = set[str]()
         try:
-            self._names = set(list_folder(Path(path)).images)
-        except (OSError, ValueError):
-            self._names = set()
+            self._names.update(list_folder(Path(path)).images)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            pass
+        except OSError as problem:
+            self.problem = problem.strerror
         self._stems: dict[str, str] | None = None
 
     def find(self, name: str) -> list[str]:
@@ -293,26 +311,39 @@ class _Folder:
         return [name] if os.path.isfile(os.path.join(self._path, name)) else []
 
 
-def resolve(keys: TextColumn, subset: SubsetConfig, root: Path, problems: Problems) -> Resolved:
+def resolve(
+    keys: TextColumn, subset: SubsetConfig, root: Path, problems: Problems, latents: Latents
+) -> Resolved:
     """Find the image of each of `keys`: a path, absolute or from `root`, with extension or without.
 
-    Keys that several files fit, and several keys of the same file, are noted.
+    Where `latents` are used they take the place of an image that is not there. Keys that several files fit, several
+    keys of the same file, and folders that cannot be listed are noted.
     """
     start = os.path.join(os.path.abspath(root), "")
     folders: dict[str, _Folder] = {}
-    found, missing, ambiguous = list[str](), set[int](), list[str]()
+    found, missing, ambiguous, alone = list[str](), set[int](), list[str](), set[int]()
+    beside, ends = LatentsFolders(latents.suffix), set[str]()
     for row, key in enumerate(keys):
         name, files = _find(key, start, folders)
+        if not files and (instead := _latents(key, start, beside)):
+            alone.add(row)
+            if latents.used:
+                name, files = instead
         if len(files) > 1:
             ambiguous.append(f"{key!r} ({' or '.join(files)})")
+            ends |= {os.path.splitext(file)[1] for file in files}
         if not files:
             missing.add(row)
         found.append(key if not files else os.path.join(name, files[0]) if name else files[0])
     where = subset.origin
+    for folder, listed in folders.items():
+        if listed.problem is not None:
+            problems.add(where, os.path.join(start, folder), f"the folder of images that {subset.metadata_file} names "
+                         f"cannot be read ({listed.problem})", "check its permissions")
     if ambiguous:
         problems.add(where, str(subset.metadata_file), f"{len(ambiguous)} keys fit several files: "
                      + ", ".join(ambiguous[:_SHOWN]) + (" ..." if len(ambiguous) > _SHOWN else ""),
-                     "write their extensions")
+                     "write their extensions" if ends != {SUFFIX} else "remove the latents that are stale")
     rows = sorted(range(len(found)), key=found.__getitem__)
     twice = [found[row] for before, row in pairwise(rows) if found[before] == found[row]]
     if twice:
@@ -323,18 +354,34 @@ def resolve(keys: TextColumn, subset: SubsetConfig, root: Path, problems: Proble
         place: f"{root / found[row]}: there is no such image; correct its key in {subset.metadata_file}"
         for place, row in enumerate(rows) if row in missing
     } if missing else {}
-    return Resolved(TextColumn.of(found[row] for row in rows), np.array(rows, np.int64), messages)
+    places = [place for place, row in enumerate(rows) if row in alone] if alone else []
+    return Resolved(
+        TextColumn.of(found[row] for row in rows), np.array(rows, np.int64), messages, np.array(places, np.int64)
+    )
+
+
+def _latents(key: str, start: str, beside: LatentsFolders) -> tuple[str, list[str]] | None:
+    """(folder, names) of the latents files that stand for `key`, as `_find` gives those of images."""
+    for folder, name in _places(key, start):
+        if names := beside.find(os.path.join(start, folder, name)):
+            return folder, names
+    return None
 
 
 def _find(key: str, start: str, folders: dict[str, _Folder]) -> tuple[str, list[str]]:
     """(folder, names) of the files that `key` may stand for; the folder from `start` on, if they lie below it."""
-    for path in (key, key.replace("\\", "/")) if "\\" in key else (key,):
-        path = os.path.normpath(path) if path[0] == "." or "/." in path or "//" in path else path
-        if path.startswith(start):
-            path = path[len(start) :]
-        folder, name = os.path.split(path) if "/" in path or os.sep in path else ("", path)
+    for folder, name in _places(key, start):
         if folder not in folders:
             folders[folder] = _Folder(os.path.join(start, folder))
         if files := folders[folder].find(name):
             return folder, files
     return "", []
+
+
+def _places(key: str, start: str) -> Iterator[tuple[str, str]]:
+    """(folder, name) of what `key` may mean: as it stands and, with backslashes, as Windows means it."""
+    for path in (key, key.replace("\\", "/")) if "\\" in key else (key,):
+        path = os.path.normpath(path) if path[0] == "." or "/." in path or "//" in path else path
+        if path.startswith(start):
+            path = path[len(start) :]
+        yield os.path.split(path) if "/" in path or os.sep in path else ("", path)

@@ -7,16 +7,22 @@ was made for; here it must match in everything that it tells of.
 from __future__ import annotations
 
 import os
+import re
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sd_train.data.folders import IMAGE_EXTENSIONS
 from sd_train.data.masks import LATENT_CELL
 from sd_train.data.record import ImageRecord
+from sd_train.errors import DataError
+
+SUFFIX = ".npz"
 
 LOGVAR = -30.0
 """Log-variance of a row that is a sample itself: drawing from it gives it back to 3e-7."""
@@ -65,6 +71,103 @@ def has_npz(folder: Path) -> bool:
     return folder.is_dir() and any(name.endswith(".npz") for name in os.listdir(folder))
 
 
+class LatentsFolders:
+    """Which .npz files of latents lie where images are missing. sd-scripts trains such entries of metadata files."""
+
+    def __init__(self, suffix: str) -> None:
+        self._sized = re.compile(rf"(.+)_\d{{4,}}x\d{{4,}}{re.escape(suffix)}")
+        self._folders: dict[str, dict[str, list[str]]] = {}
+        """For each folder the files of each image, by its name without extension."""
+
+    def find(self, image: str) -> list[str]:
+        """The names of the files that stand for `image`, with or without extension, in its folder."""
+        folder, name = os.path.split(image)
+        if folder not in self._folders:
+            self._folders[folder] = self._listed(folder)
+        stem, extension = os.path.splitext(name)
+        # Without extension a name may still hold a dot.
+        return self._folders[folder].get(stem if extension.lower() in IMAGE_EXTENSIONS else name, [])
+
+    def _listed(self, folder: str) -> dict[str, list[str]]:
+        try:
+            stems = sorted(name.removesuffix(SUFFIX) for name in os.listdir(folder) if name.endswith(SUFFIX))
+        except OSError:
+            return {}
+        found: dict[str, list[str]] = {}
+        for stem in stems:
+            if sized := self._sized.fullmatch(stem):
+                found.setdefault(sized[1], []).append(stem + SUFFIX)
+        for stem in stems:
+            # The old name; where both are there, the new one, which tells more.
+            found.setdefault(stem, [stem + SUFFIX])
+        return found
+
+
+def stands_alone(path: Path) -> bool:
+    """Whether an index's `path` is a file of latents, in place of an image that is not there."""
+    return path.suffix == SUFFIX
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    # What NumPy and zipfile raise on damaged and foreign files.
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, NotImplementedError, zipfile.BadZipFile):
+        raise Mismatch("damaged, or no .npz file") from None
+
+
+def original_size(path: Path) -> tuple[int, int]:
+    """(width, height) of the image that the latents in `path` were made of.
+
+    Raises:
+        DataError: if the file cannot be read or does not tell.
+    """
+    try:
+        with _readable(), np.load(path, allow_pickle=False) as file:
+            numbers = np.ravel(file["original_size"]).tolist() if "original_size" in file.files else []
+    except Mismatch as reason:
+        raise DataError(f"{path}: {reason}; bring the image back, or remove the file") from None
+    if len(numbers) != 2 or not all(isinstance(number, int) and 0 < number < 2**31 for number in numbers):
+        raise DataError(f"{path}: does not tell the size of its image (original_size); bring the image back")
+    return numbers[0], numbers[1]
+
+
+def misfit(record: ImageRecord) -> str | None:
+    """Why the file of latents that `record` stands for cannot be trained as it is asked for; looks at shapes alone."""
+    path, subset, (width, height) = record.path, record.subset, record.bucket
+    shape = (4, height // LATENT_CELL, width // LATENT_CELL)
+    wanted: dict[str, tuple[int, ...]] = {"latents": shape}
+    if subset.flip_aug:
+        wanted["latents_flipped"] = shape
+    if subset.alpha_mask:
+        wanted["alpha_mask"] = (height, width)
+    try:
+        with _readable(), zipfile.ZipFile(path) as file:
+            found = {name: _shape(file, name) for name in wanted if f"{name}.npy" in file.namelist()}
+    except Mismatch as reason:
+        return f"{path}: {reason}; bring the image back, or remove the file"
+    for name, expected in wanted.items():
+        if name not in found:
+            option = "flip_aug" if name == "latents_flipped" else "alpha_mask"
+            return f"{path}: {name} is not in it; " + (
+                "bring the image back" if name == "latents" else f"switch {option} off, or bring the image back")
+        if found[name] != expected:
+            return (f"{path}: its {name} have the shape {found[name]}, but with this resolution and these bucket "
+                    f"options its image ({record.size[0]}x{record.size[1]}) goes to the bucket {width}x{height}, which "
+                    f"needs {expected}; train with the options that they were made with, or bring the image back")
+    return None
+
+
+def _shape(file: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    with file.open(f"{name}.npy") as member:
+        read = np.lib.format.read_array_header_1_0
+        if np.lib.format.read_magic(member) != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape: tuple[int, ...] = read(member)[0]
+        return shape
+
+
 def read_npz(path: Path, record: ImageRecord) -> NpzRows:
     """The latents in `path` for `record`, with what its subset needs.
 
@@ -74,16 +177,12 @@ def read_npz(path: Path, record: ImageRecord) -> NpzRows:
     subset, (width, height) = record.subset, record.bucket
     if subset.conditioning_data_dir is not None:
         raise Mismatch("the masks of conditioning_data_dir are not in it")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {
-                name: np.asarray(file[name])
-                for name in ("latents", "original_size", "latents_flipped", "alpha_mask")
-                if name in file.files
-            }
-    # What NumPy and zipfile raise on damaged and foreign files.
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, NotImplementedError, zipfile.BadZipFile):
-        raise Mismatch("damaged, or no .npz file") from None
+    with _readable(), np.load(path, allow_pickle=False) as file:
+        found = {
+            name: np.asarray(file[name])
+            for name in ("latents", "original_size", "latents_flipped", "alpha_mask")
+            if name in file.files
+        }
     shape = (4, height // LATENT_CELL, width // LATENT_CELL)
     latents = _array(found, "latents", shape)
     if tuple(np.ravel(found.get("original_size", ())).tolist()) != record.size:
@@ -96,6 +195,18 @@ def read_npz(path: Path, record: ImageRecord) -> NpzRows:
         share = cells.reshape(shape[1], LATENT_CELL, shape[2], LATENT_CELL).mean(axis=(1, 3), dtype=np.float64)
         mask = (subset.unmasked_weight + (1 - subset.unmasked_weight) * share).astype(np.float32)
     return NpzRows(latents, flipped, mask)
+
+
+def read_alone(record: ImageRecord) -> NpzRows:
+    """The latents that `record` stands for, whose image is not there.
+
+    Raises:
+        DataError: if they do not fit any more or are damaged.
+    """
+    try:
+        return read_npz(record.path, record)
+    except Mismatch as reason:
+        raise DataError(f"{record.path}: {reason}; there is no image to encode in its place, bring it back") from None
 
 
 def summary(taken: Sequence[Path], unfit: Iterable[tuple[Path, str]]) -> list[str]:

@@ -29,3 +29,5 @@ class ImageRecord:
     is_reg: bool
     mask: Path | None = None
     """The picture in `conditioning_data_dir`, with that option."""
+    bucketed: bool = False
+    """Whether its dataset has buckets; faces are cropped only without."""

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from sd_train.data.columns import TextColumn
 from sd_train.data.content import ContentHashes
+from sd_train.data.masks import check_aspect
+from sd_train.data.scan import scan_files
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.errors import DataError, Problems
 from sd_train.randomness import derive
@@ -32,6 +34,27 @@ def verify(files: SubsetFiles, hashes: ContentHashes) -> dict[int, str]:
     """Decode every image of `files` that is not known to be broken; what is wrong with those that fail, by row."""
     rows = np.setdiff1d(np.arange(len(files)), list(files.broken))
     return _digests(files, rows, hashes)[1]
+
+
+def verify_masks(files: SubsetFiles, hashes: ContentHashes) -> dict[int, str]:
+    """Decode the mask of every image of `files` that is not known to be broken; what is wrong with which, by row."""
+    folder, masks = files.subset.conditioning_data_dir, files.masks
+    if folder is None or masks is None:
+        return {}
+    rows = [row for row, mask in enumerate(masks) if mask and row not in files.broken]
+    paths = [folder / masks[row] for row in rows]
+    scan = scan_files(TextColumn.of(map(str, paths)), None)
+    failed = {rows[place]: problem for place, problem in scan.problems.items()}
+    for row, path, size, found in zip(rows, paths, scan.sizes.tolist(), hashes.digests(paths, scan.stats), strict=True):
+        try:
+            if isinstance(found, DataError):
+                raise found
+            # Only its shape matters; so it takes no memory.
+            shape = np.broadcast_to(np.uint8(0), (size[1], size[0]))
+            check_aspect(shape, path, (int(files.sizes[row, 0]), int(files.sizes[row, 1])), files.path(row))
+        except DataError as problem:
+            failed.setdefault(row, str(problem))
+    return {row: f"{files.path(row)}: its mask cannot be used: {problem}" for row, problem in failed.items()}
 
 
 def unchanged(files: SubsetFiles) -> SubsetFiles:

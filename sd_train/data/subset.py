@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,8 @@ from sd_train.data.columns import TextColumn
 from sd_train.data.folders import list_folder, no_images
 from sd_train.data.headers import read_size
 from sd_train.data.index_file import KeptIndexes
-from sd_train.data.metadata_files import metadata_root, read_metadata, resolve
+from sd_train.data.metadata_files import Latents, Resolved, metadata_root, read_metadata, resolve
+from sd_train.data.npz import original_size
 from sd_train.data.parquet import is_parquet, read_parquet
 from sd_train.data.scan import CAPTION_NONE, CAPTION_READ, FolderScan, scan_files, scan_folder
 from sd_train.data.settings import DatasetConfig, SubsetConfig
@@ -41,6 +42,10 @@ class IndexOptions:
     """Where digests of contents and indexes of large folders are kept; None: nowhere."""
     trust_index: bool = False
     """Use a kept index without looking whether its files have changed."""
+    caches_latents: bool = False
+    """Whether images are encoded once, so that sd-scripts' latents may stand for those that are not on disk."""
+    latents_suffix: str = "_sd"
+    """End of the names of sd-scripts' latents files, before `.npz`."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class SubsetFiles:
     stats: NDArray[np.int64]
     """[N, 2]: file size, time of the last change in nanoseconds."""
     masks: TextColumn | None = None
+    latents_only: bool = False
+    """Whether some of the files are sd-scripts' latents, in place of images that are not on disk."""
     broken: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
     """What is wrong with images that cannot be read, by row."""
 
@@ -95,11 +102,19 @@ def first_names(names: Sequence[str], separator: str = ", ", count: int | None =
     return lead + separator.join(names[:_SHOWN]) + more
 
 
+Verify = Callable[[SubsetFiles], Mapping[int, str]]
+"""What is wrong with images that were not known to be broken, by row."""
+
+
 class SubsetReader:
     """Reads the subsets of `datasets`; a folder that stands in several of them is scanned once."""
 
-    def __init__(self, datasets: Sequence[DatasetConfig], options: IndexOptions) -> None:
+    def __init__(
+        self, datasets: Sequence[DatasetConfig], options: IndexOptions, verify: Verify | None = None
+    ) -> None:
+        """`verify` decodes the images that it is given, for what a header does not tell; None: nothing is decoded."""
         self.options = options
+        self._verify = verify
         self._uses = Counter(_place(subset) for dataset in datasets for subset in dataset.subsets)
         self._keep = None if options.cache_dir is None else KeptIndexes(options.cache_dir, options.trust_index)
         self._scans: dict[tuple[str, ...], FolderScan] = {}
@@ -139,13 +154,14 @@ class SubsetReader:
         if not len(scan.images):
             problems.extend([no_images(subset.origin, subset.image_dir)])
             return _nothing(subset)
-        files = SubsetFiles(
+        files = self._verified(SubsetFiles(
             subset, subset.image_dir, scan.images, _captions(subset, scan), scan.sizes, scan.stats,
             broken=scan.image_problems,
-        )
-        if failed := scan.caption_problems:
+        ))  # fmt: skip
+        failed = self._wanted(np.array(sorted(scan.caption_problems), np.int64), files).tolist()
+        if failed:
             problems.add(subset.origin, None, f"{len(failed)} caption files cannot be used: "
-                         + first_names([failed[row] for row in sorted(failed)], "\n      "), "mend them")
+                         + first_names([scan.caption_problems[row] for row in failed], "\n      "), "mend them")
         missing = self._wanted(np.flatnonzero(scan.states == CAPTION_NONE), files)
         if len(missing):
             others = {name: len(self._wanted(np.array(rows), files)) for name, rows in scan.other_captions.items()}
@@ -156,35 +172,56 @@ class SubsetReader:
         assert subset.metadata_file is not None
         entries = read_metadata(subset, problems)
         root = metadata_root(subset)
-        found = resolve(entries.keys, subset, root, problems)
-        captions = entries.captions.take(found.rows)
-        there = np.ones(len(found.keys), bool)
+        found = resolve(
+            entries.keys, subset, root, problems, Latents(self.options.latents_suffix, self.options.caches_latents)
+        )
+        there, alone = np.ones(len(found.keys), bool), np.zeros(len(found.keys), bool)
         there[list(found.missing)] = False
-        scan = scan_files(_paths(root, found.keys, there), self._keep)
-        sizes, stats = np.zeros((len(there), 2), np.int32), np.zeros((len(there), 2), np.int64)
-        sizes[there], stats[there] = scan.sizes, scan.stats
-        broken = {int(row): scan.problems[place] for place, row in enumerate(np.flatnonzero(there))
-                  if place in scan.problems}
-        if self.options.skip_broken_images:
-            broken |= found.missing
-        elif found.missing:
-            names = [found.keys[row] for row in sorted(found.missing)]
-            problems.add(subset.origin, str(subset.metadata_file), f"{len(names)} of its {len(found.keys)} images are "
-                         f"not on disk (looked for in {root}): {first_names(names)}",
-                         "correct image_dir or the keys, or give --skip_broken_images to train without them")
-        files = SubsetFiles(subset, root, found.keys, captions, sizes, stats, broken=broken)
-        _compare_sizes(files, entries.sizes[found.rows], warnings)
-        self._note_undescribed(files, ~entries.described[found.rows], problems, warnings)
-        if not found.missing or self.options.skip_broken_images:
+        alone[found.latents] = True
+        missing, kept = found.missing, np.arange(len(there))
+        if missing and not self.options.skip_broken_images:
+            self._note_absent(subset, found, root, problems)
+            missing, kept = {}, np.flatnonzero(there)
+        keys, rows, there, alone = found.keys.take(kept), found.rows[kept], there[kept], (alone & there)[kept]
+        scan = scan_files(_paths(root, keys, there & ~alone), self._keep)
+        sizes, stats = np.zeros((len(keys), 2), np.int32), np.zeros((len(keys), 2), np.int64)
+        sizes[there & ~alone], stats[there & ~alone] = scan.sizes, scan.stats
+        broken = {int(row): scan.problems[place] for place, row in enumerate(np.flatnonzero(there & ~alone))
+                  if place in scan.problems} | dict(missing)
+        for row in np.flatnonzero(alone).tolist():
+            try:
+                sizes[row], stats[row] = original_size(root / keys[row]), _stat(root / keys[row])
+            except DataError as problem:
+                broken[row] = str(problem)
+        files = self._verified(SubsetFiles(
+            subset, root, keys, entries.captions.take(rows), sizes, stats, latents_only=bool(alone.any()), broken=broken
+        ))  # fmt: skip
+        _compare_sizes(files, entries.sizes[rows], warnings)
+        self._note_undescribed(files, ~entries.described[rows], problems, warnings)
+        return files
+
+    def _note_absent(self, subset: SubsetConfig, found: Resolved, root: Path, problems: Problems) -> None:
+        names = [found.keys[row] for row in sorted(found.missing)]
+        rule = f"{len(names)} of its {len(found.keys)} images are not on disk (looked for in {root}): "
+        way_out = "correct image_dir or the keys, or give --skip_broken_images to train without them"
+        if count := len(found.latents):
+            way_out = (f"{count} of them have sd-scripts' latents (.npz) there: give --cache_latents or "
+                       f"--cache_latents_to_disk to train from these; or {way_out}")
+        problems.add(subset.origin, str(subset.metadata_file), rule + first_names(names), way_out)
+
+    def _verified(self, files: SubsetFiles) -> SubsetFiles:
+        """`files` with what `verify` finds to be broken too."""
+        if self._verify is None:
             return files
-        places = np.cumsum(there) - 1
-        return replace(files.where(there), broken={int(places[row]): text for row, text in broken.items()})
+        return replace(files, broken={**files.broken, **self._verify(files)})
 
     def _parquet(self, subset: SubsetConfig, problems: Problems, warnings: list[str]) -> SubsetFiles:
         table = read_parquet(subset, read_size, self._keep, warnings)
-        files = SubsetFiles(
+        if not len(table.keys):
+            problems.add(subset.origin, str(subset.metadata_file), "holds no image", "add rows or leave the subset out")
+        files = self._verified(SubsetFiles(
             subset, metadata_root(subset), table.keys, table.captions, table.sizes, table.stats, broken=table.broken
-        )
+        ))  # fmt: skip
         self._note_undescribed(files, ~table.described, problems, warnings)
         return files
 
@@ -193,6 +230,10 @@ class SubsetReader:
         if not self.options.skip_broken_images or not files.broken:
             return rows
         return rows[np.isin(rows, list(files.broken), invert=True)]
+
+    def _count(self, files: SubsetFiles) -> int:
+        """How many images there are without those that are left out because they are broken."""
+        return len(files) - (len(files.broken) if self.options.skip_broken_images else 0)
 
     def _note_missing(
         self, files: SubsetFiles, missing: NDArray[np.int64], others: Mapping[str, int], problems: Problems,
@@ -205,7 +246,8 @@ class SubsetReader:
         subset, allowed = files.subset, self.options.allow_missing_captions
         extension, count = max(others.items(), key=lambda item: item[1], default=("", 0))
         names = first_names([files.keys[int(row)] for row in missing[: _SHOWN + 1]], count=len(missing))
-        number = f"{len(missing)} of {len(files)} images"
+        total = self._count(files)
+        number = f"{len(missing)} of {total} images"
         if not allowed and count:
             problems.add(
                 subset.origin, None,
@@ -222,7 +264,7 @@ class SubsetReader:
                 'write captions, or class_tokens = "..." as their caption, or the caption_extension that the files '
                 "have, or give --allow_missing_captions to train them with an empty caption",
             )
-        elif len(missing) < len(files) or subset.class_tokens is None or count:
+        elif len(missing) < total or subset.class_tokens is None or count:
             instead = "an empty caption" if not subset.class_tokens else f"class_tokens ({subset.class_tokens!r})"
             warnings.append(f"{subset.origin}: {number} have no {subset.caption_extension} file and are trained with "
                             f"{instead}: {names}")
@@ -237,7 +279,8 @@ class SubsetReader:
         subset = files.subset
         wanted = subset.caption_column or "caption, tags or text"
         names = first_names([files.keys[int(row)] for row in rows[: _SHOWN + 1]], count=len(rows))
-        rule = f"{len(rows)} of {len(files)} images in {subset.metadata_file} have no caption (no {wanted}): {names}"
+        rule = (f"{len(rows)} of {self._count(files)} images in {subset.metadata_file} have no caption (no {wanted}): "
+                f"{names}")
         if self.options.allow_missing_captions:
             warnings.append(f"{subset.origin}: {rule}; they are trained with an empty caption")
         else:
@@ -292,6 +335,14 @@ def _compare_sizes(files: SubsetFiles, given: NDArray[np.int32], warnings: list[
             f"is not the file's, which is used; the first is {files.keys[row]} ({given[row, 0]}x{given[row, 1]}, the "
             f"file has {files.sizes[row, 0]}x{files.sizes[row, 1]})"
         )
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError as problem:
+        raise DataError(f"{path}: cannot be read ({problem.strerror}); check the file") from None
+    return found.st_size, found.st_mtime_ns
 
 
 def _with_masks(files: SubsetFiles, problems: Problems, warnings: list[str]) -> SubsetFiles:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
+from sd_train.data.cache import CHECK_AT_START
 from sd_train.data.captions import caption_variants
 from sd_train.data.index import ImageIndex
-from sd_train.data.store import RowStore
+from sd_train.data.store import Handles, RowStore
 from sd_train.errors import DataError
 
 if TYPE_CHECKING:
@@ -85,7 +87,10 @@ class DiskTexts:
 
     def __init__(self, store: RowStore, encoder: str) -> None:
         self.store, self.encoder = store, encoder
+        self.notes: list[str] = []
+        """What is worth telling about damage, after `fill`."""
         self._keys: dict[str, bytes] = {}
+        self._handles: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -98,18 +103,42 @@ class DiskTexts:
         return digest.digest()
 
     def fill(self, captions: Sequence[str], how: TextFill) -> None:
-        """Encode those of `captions` that the store does not hold, this rank's share of them."""
-        self._keys = {caption: self.key(caption) for caption in captions}
-        missing = [caption for caption, there in zip(captions, self._there(captions), strict=True) if not there]
-        how.progress(len(captions) - len(missing))
-        for chosen in _batches(missing[how.rank :: how.world]):
-            encoded = {name: rows.cpu() for name, rows in how.encode(chosen).items()}
-            self.store.put([self._keys[caption] for caption in chosen], encoded)
-            how.progress(len(chosen))
-        self.store.flush()
+        """Encode those of `captions` that the store does not hold intact, this rank's share of them.
 
-    def _there(self, captions: Sequence[str]) -> list[bool]:
-        return [bool(handle >= 0) for handle in self.store.locate([self._keys[caption] for caption in captions])]
+        What is done is kept, whatever happens later; `ready` has to follow when all ranks are through.
+
+        Raises:
+            RunError: if the disk refuses.
+        """
+        self._keys = {caption: self.key(caption) for caption in captions}
+        self.store.refresh()
+        self.notes = [f"{path}: not used, {reason}" for path, reason in self.store.damaged.items()]
+        self._check(self._locate(captions))
+        if self.notes:
+            cache_dir = self.store.folder.parent
+            self.notes.append(f"remove what is damaged: sd-train cache verify --repair --cache_dir {cache_dir}")
+        mine = captions[how.rank :: how.world]
+        missing = [caption for caption, handle in zip(mine, self._locate(mine).tolist(), strict=True) if handle < 0]
+        how.progress(len(mine) - len(missing))
+        try:
+            for chosen in _batches(missing):
+                encoded = {name: rows.cpu() for name, rows in how.encode(chosen).items()}
+                self.store.put([self._keys[caption] for caption in chosen], encoded)
+                how.progress(len(chosen))
+        finally:
+            self.store.flush()
+
+    def _locate(self, captions: Sequence[str]) -> Handles:
+        return self.store.locate([self._keys[caption] for caption in captions])
+
+    def _check(self, handles: Handles) -> None:
+        """Look at every row, where that takes seconds; those that are damaged are not found again."""
+        there = np.unique(handles[handles >= 0])
+        if self.store.bytes_of(there) > CHECK_AT_START:
+            return
+        damaged = int((~self.store.check(there)).sum())
+        if damaged:
+            self.notes.append(f"{self.store.folder}: {damaged} rows are damaged and are encoded anew")
 
     def ready(self) -> None:
         """Look again at what all ranks have written.
@@ -119,13 +148,18 @@ class DiskTexts:
         """
         self.store.refresh()
         captions = list(self._keys)
-        absent = [caption for caption, there in zip(captions, self._there(captions), strict=True) if not there]
+        self._handles = dict(zip(captions, self._locate(captions).tolist(), strict=True))
+        absent = [caption for caption, handle in self._handles.items() if handle < 0]
         if absent:
             raise DataError(
                 f"{self.store.folder}: {len(absent)} encoded captions are missing, the first is {absent[0]!r}; was the "
-                "folder emptied? Start again"
+                "folder emptied, or is --cache_dir not the same for all processes? Start again"
             )
 
     def rows(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """[B] captions -> stacked rows by name."""
-        return self.store.rows(self.store.locate([self._keys[caption] for caption in captions]))
+        """[B] captions -> stacked rows by name.
+
+        Raises:
+            DataError: if a row is damaged.
+        """
+        return self.store.rows([self._handles[caption] for caption in captions])
