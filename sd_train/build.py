@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sd_train.build_caches import fill_caches
-from sd_train.checkpoint import Checkpoint, Intervals
+from sd_train.checkpoint import Checkpoint, Intervals, diffusers_lora, save_own
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
@@ -241,6 +241,9 @@ def _make_checkpoint(
         report,
         prepared.plan.epochs,
         is_main,
+        save_own if config.network.output_lora_format == "kohya" else diffusers_lora(
+            family.name, DTYPES[saving.save_precision or "float"]
+        ),
     )
 
 

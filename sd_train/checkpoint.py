@@ -4,12 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from sd_train.errors import RunError
+from sd_train.files import write_tensors
+from sd_train.lora_files.writing import to_diffusers
 from sd_train.names import FileNames
 from sd_train.report import Report
 from sd_train.state import StateParts, save_state
+from sd_train.trainables.base import Trainable
 from sd_train.types import Progress
+
+Export = Callable[[Trainable, Path, Mapping[str, str]], None]
+"""Writes a trainable's weights with metadata."""
+
+
+def save_own(trainable: Trainable, path: Path, metadata: Mapping[str, str]) -> None:
+    """In the trainable's own format."""
+    trainable.save(path, metadata)
+
+
+def diffusers_lora(family: str, dtype: torch.dtype) -> Export:
+    """As diffusers' (PEFT's) LoRA of a model of `family`, in `dtype`."""
+
+    def save(trainable: Trainable, path: Path, metadata: Mapping[str, str]) -> None:
+        content = to_diffusers(trainable.tensors(), family, metadata)
+        tensors = {name: tensor.to(dtype) for name, tensor in content.tensors.items()}
+        write_tensors(path, tensors, {**metadata, **content.metadata})
+
+    return save
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,8 @@ class Checkpoint:
     report: Report
     end_epoch: int
     is_main: bool
+    export: Export = save_own
+    """How the model file is written."""
 
     def __call__(self, progress: Progress) -> None:
         """Save where it is due."""
@@ -63,7 +90,7 @@ class Checkpoint:
             )
         with self.report.untimed():
             with self.parts.trainable.for_inference():
-                self.parts.trainable.save(path, self.metadata(progress))
+                self.export(self.parts.trainable, path, self.metadata(progress))
             if state:
                 save_state(self.names.state(stem), progress, self.parts)
         self.report.message(f"saved {path}" + (f" and {self.names.state(stem)}" if state else ""))

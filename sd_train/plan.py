@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from sd_train.data.batches import Updates
 from sd_train.data.index import ImageIndex
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.device import Device, open_device
-from sd_train.errors import ConfigError, DataError, Problem, UserError
+from sd_train.errors import ConfigError, DataError, ModelError, Problem, UserError
 from sd_train.families.parts import ModelKind
 from sd_train.families.registry import check_model
 from sd_train.metadata import now
@@ -25,7 +25,7 @@ from sd_train.names import FileNames
 from sd_train.optim.optimizers import check_arguments, check_optimizer, check_rates
 from sd_train.optim.schedules import check_schedule, make_schedule
 from sd_train.plan_data import check_caption_cache, make_updates, model_request, read_datasets
-from sd_train.prompts import Prompt, load_prompts
+from sd_train.prompts import SD_SCRIPTS_DEFAULTS, Prompt, load_prompts
 from sd_train.randomness import derive
 from sd_train.report import warn_line
 from sd_train.state import find_state, read_progress
@@ -147,7 +147,7 @@ class Prepared:
 
     config: RunConfig
     kind: ModelKind | None
-    """Of the base model; None with `--debug_dataset`, which reads none."""
+    """Of the base model; `--debug_dataset` also goes without."""
     device: Device
     progress: Progress
     resume: Path | None
@@ -172,8 +172,9 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
         checks(lambda: check_rates(config.optimizer.optimizer_type, learning_rates(config)))
     checks(lambda: _check_name(config, "lr_scheduler", check_schedule(config.optimizer.lr_scheduler)))
     checks(now)
-    kind = None if config.dataset.debug_dataset else checks(lambda: check_model(model_request(config)))
-    prompts = checks(lambda: load_prompts(config.sampling.sample_prompts) if config.sampling.sample_prompts else ())
+    debug = config.dataset.debug_dataset
+    kind = _kind_if_known(config) if debug else checks(lambda: check_model(model_request(config)))
+    prompts = checks(lambda: _prompts(config, kind))
     device = checks(lambda: open_device(config.training.mixed_precision))
     warn = warn_line if device is not None and device.is_main else _silent
     resume = checks(lambda: find_state(config.saving.resume, names, warn) if config.saving.resume else None)
@@ -182,7 +183,7 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     if trains and not refused and not own_state and not config.saving.overwrite and not config.dataset.debug_dataset:
         checks(lambda: refuse_existing(names))
     progress = checks(lambda: _first_progress(config, resume, device)) if device is not None else None
-    read = checks(lambda: read_datasets(config, progress.seed if progress is not None else 0))
+    read = checks(lambda: read_datasets(config, kind, progress.seed if progress is not None else 0))
     if read is not None:
         checks(lambda: check_caption_cache(config, read[0]))
     checks.raise_any()
@@ -195,6 +196,23 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     checks(lambda: _refuse_finished(progress, plan, resume))
     checks.raise_any()
     return Prepared(config, kind, device, progress, resume, names, updates, plan, prompts or ())
+
+
+def _kind_if_known(config: RunConfig) -> ModelKind | None:
+    """The model's kind, which batches can be shown without."""
+    try:
+        return check_model(model_request(config))
+    except ModelError:
+        return None
+
+
+def _prompts(config: RunConfig, kind: ModelKind | None) -> tuple[Prompt, ...]:
+    """The sample prompts; pictures without a size are as large as those that the model was made for."""
+    if config.sampling.sample_prompts is None:
+        return ()
+    cells = None if kind is None else kind.configs["unet"].get("sample_size")
+    side = SD_SCRIPTS_DEFAULTS.width if kind is None or not isinstance(cells, int) else cells * kind.latent.factor
+    return load_prompts(config.sampling.sample_prompts, replace(SD_SCRIPTS_DEFAULTS, width=side, height=side))
 
 
 class Checks:

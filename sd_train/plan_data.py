@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sd_train.config.options import RunConfig
@@ -16,10 +17,13 @@ from sd_train.data.store import default_cache_dir
 from sd_train.device import Device
 from sd_train.diffusion.schedule import TIMESTEPS, Draws, draw
 from sd_train.errors import ConfigError
-from sd_train.families.parts import ModelRequest
+from sd_train.families.parts import ModelKind, ModelRequest
 from sd_train.families.registry import PUBLISHED_LATENT
 from sd_train.families.specs import LatentSpec
 from sd_train.families.text import TextOptions
+
+SDXL_STEP = 32
+"""Pixels of which the sides of SDXL's buckets are multiples, in sd-scripts."""
 
 
 def model_request(config: RunConfig) -> ModelRequest:
@@ -44,14 +48,19 @@ def run_options(config: RunConfig) -> dict[str, object]:
     return {**config.dataset.model_dump(), **config.training.model_dump()}
 
 
-def read_datasets(config: RunConfig, seed: int) -> tuple[tuple[DatasetConfig, ...], Indexes]:
-    """The datasets that `config` asks for, and the indexes of their images.
+def read_datasets(
+    config: RunConfig, kind: ModelKind | None, seed: int
+) -> tuple[tuple[DatasetConfig, ...], Indexes]:
+    """The datasets that `config` asks for, for a model of `kind`, and the indexes of their images.
 
     Raises:
         UserError: with every problem of the dataset file, or else of images and captions.
     """
     chosen = config.dataset
-    datasets = load_datasets(dataset_request(config.command, run_options(config)))
+    request = dataset_request(config.command, run_options(config))
+    sdxl = config.model.sdxl if kind is None else kind.family.startswith("sdxl")
+    multiple = kind.multiple if kind is not None else SDXL_STEP if sdxl else request.step_multiple
+    datasets = load_datasets(replace(request, sdxl=sdxl, step_multiple=multiple))
     options = IndexOptions(
         allow_missing_captions=chosen.allow_missing_captions,
         prior_loss_weight=config.training.prior_loss_weight,
@@ -61,6 +70,7 @@ def read_datasets(config: RunConfig, seed: int) -> tuple[tuple[DatasetConfig, ..
         cache_dir=chosen.cache_dir or default_cache_dir(),
         trust_index=chosen.trust_index,
         caches_latents=caches_latents(config),
+        latents_suffix="_sdxl" if sdxl else "_sd",
     )
     return datasets, build_indexes(datasets, options)
 

@@ -18,7 +18,7 @@ OURS = {
     "unmasked_weight", "verify_images",
 }  # fmt: skip
 # An empty optimizer_type means AdamW in sd-scripts; network_module must be given there.
-OTHER_DEFAULTS = {"optimizer_type", "network_module", "network_args", "optimizer_args"}
+OTHER_DEFAULTS = {"v_parameterization", "optimizer_type", "network_module", "network_args", "optimizer_args"}
 UNSET = {"flag": False, "int": 0, "float": 0.0, "text": "", "list": []}
 REAL = {"flag": True, "int": 3, "float": 0.7, "text": "something", "list": ["something"]}
 CONTEXT = {

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sd_train.__main__ import main
 from sd_train.demo.tiny_model import TinyKind
+from sd_train.lora_files.adapter import delta
+from sd_train.lora_files.reading import open_lora
 from tests.models import write_file, write_folder
 from tests.runs import differences, largest_difference, metadata, train, words, write_dataset
 
@@ -99,3 +102,33 @@ def test_contradictions_end_before_anything_is_loaded(
     arguments = words(model_in(models, kind, "file"), dataset, tmp_path / "out", f"--max_train_steps 1 {option}")
     assert main(["train_network", *arguments]) == 3
     assert reason in capsys.readouterr().err
+
+
+def test_a_lora_in_diffusers_format_loads_there_as_kohyas_does(tiny_model: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d.toml")
+    kohya = train(tiny_model, dataset, tmp_path / "kohya", "--max_train_steps 2")
+    theirs = train(tiny_model, dataset, tmp_path / "diffusers", "--max_train_steps 2 --output_lora_format diffusers")
+    names = set(load_file(theirs))
+    assert all(name.startswith(("unet.", "text_encoder.")) and ".lora_" in name for name in names)
+    assert len(names) == 2 * sum(name.endswith(".alpha") for name in load_file(kohya))
+    with safe_open(theirs, "pt") as file:
+        assert file.metadata()["ss_network_module"] == "networks.lora"
+    ours, read = (open_lora(path, "sd1") for path in (kohya, theirs))
+    pairs = {adapter.place: adapter for adapter in read.adapters()}
+    assert len(pairs) == len(names) // 2
+    for adapter in ours.adapters():
+        torch.testing.assert_close(delta(adapter), delta(pairs[adapter.place]))
+
+
+def test_sdxl_has_its_own_name_and_bucket_steps(
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_in(models, "sdxl", "file")
+    dataset = write_dataset(tmp_path / "d.toml", "bucket_reso_steps = 32", size=96)
+    arguments = words(model, dataset, tmp_path / "out", "--max_train_steps 1")
+    assert main(["plan", "train_network", *arguments]) == 0
+    assert "bucket 96x" in capsys.readouterr().out
+    assert main(["sdxl_train_network", *arguments, "--v2"]) == 2
+    assert main(["sdxl_train_network", *arguments, "--network_train_unet_only"]) == 0
+    with safe_open(tmp_path / "out" / "lora.safetensors", "pt") as file:
+        assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"

@@ -134,7 +134,7 @@ def _read(case: dict[str, Any], root: Path, *more: str) -> Read:
     words = ["--pretrained_model_name_or_path", str(root.parent / "model.safetensors"), "--dataset_config", str(path),
              "--output_dir", str(root.parent / "out"), "--cache_dir", str(root.parent / "cache")]  # fmt: skip
     config = load_run_config("train_network", [*words, *case.get("argv", ()), *more]).config
-    datasets, indexes = read_datasets(config, seed=0)
+    datasets, indexes = read_datasets(config, None, seed=0)
     return Read(config, datasets, indexes.training)
 
 

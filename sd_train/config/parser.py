@@ -6,7 +6,6 @@ import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -77,9 +76,13 @@ def load_run_config(command: str, argv: Sequence[str], checks: Mapping[str, Chec
 
 def _problems_of_files(command: str, valid: Mapping[str, object]) -> tuple[str, ...]:
     """What is wrong with the model's path and in the dataset file, as far as can be told beside wrong options."""
+    return (*_model_problems(valid), *_dataset_problems(command, valid))
+
+
+def _model_problems(valid: Mapping[str, object]) -> tuple[str, ...]:
     model = valid.get("pretrained_model_name_or_path")
-    missing = missing_model(Path(model)) if isinstance(model, str) else None
-    return (*([missing] if missing else []), *_dataset_problems(command, valid))
+    missing = missing_model(model) if isinstance(model, str) else None
+    return () if missing is None else (missing,)
 
 
 def _dataset_problems(command: str, valid: Mapping[str, object]) -> tuple[str, ...]:

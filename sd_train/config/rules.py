@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,8 +113,6 @@ def _dataset(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
         way_out = "give a dataset file (--dataset_config FILE.toml), or a folder of folders such as 10_sks dog "
         way_out += "(--train_data_dir FOLDER)"
         problems.add("--dataset_config or --train_data_dir", None, "is required", way_out)
-    elif values["in_json"] is not None and values["reg_data_dir"] is not None:
-        warnings.append(f"{chosen.where('reg_data_dir')} has no effect: with in_json there is no regularisation")
 
 
 def _caches(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
@@ -219,12 +218,16 @@ def _logs(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
         warnings.append(f"{chosen.where('log_prefix')} has no effect: logging_dir is not given")
 
 
-def missing_model(source: Path) -> str | None:
-    """What to say if there is nothing at `--pretrained_model_name_or_path`."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""owner/name."""
+
+
+def missing_model(source: str) -> str | None:
+    """What to say if there is nothing at `--pretrained_model_name_or_path`, and it cannot be a hub id."""
     # Not Path.exists: that raises for names that are too long.
-    if os.path.exists(source):
+    if os.path.exists(source) or HUB_ID.fullmatch(source):
         return None
     return (
         f"--pretrained_model_name_or_path = {source}: there is no such file or folder (current folder: {Path.cwd()}); "
-        "models are not downloaded yet, give a .safetensors or .ckpt file or a diffusers folder"
+        "give a .safetensors or .ckpt file, a diffusers folder or a hub id (owner/name)"
     )

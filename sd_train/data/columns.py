@@ -12,13 +12,21 @@ from numpy.typing import NDArray
 _CHUNK = 1 << 13
 
 
+Places = NDArray[np.int64] | NDArray[np.int32]
+
+
+def _narrow(places: NDArray[np.int64]) -> Places:
+    """Half the memory, where all of `places` fit."""
+    return places if len(places) and int(places.max()) >= 1 << 31 else places.astype(np.int32)
+
+
 class TextColumn(Sequence[str]):
     """N texts, immutable. File names that are not UTF-8 (lone surrogates) come back as they went in."""
 
     __slots__ = ("data", "ends", "starts")
 
     def __init__(
-        self, data: NDArray[np.uint8], ends: NDArray[np.int64], starts: NDArray[np.int64] | None = None
+        self, data: NDArray[np.uint8], ends: Places, starts: Places | None = None
     ) -> None:
         self.data = data
         """All texts, in their order."""
@@ -46,7 +54,7 @@ class TextColumn(Sequence[str]):
         # A view, not a copy: the texts may be half of the memory.
         column = np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8)
         column.flags.writeable = False
-        return cls(column, np.cumsum(np.concatenate(lengths)))
+        return cls(column, _narrow(np.cumsum(np.concatenate(lengths))))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -81,7 +89,7 @@ class TextColumn(Sequence[str]):
 
     def parts_of(self, part_of: Callable[[str], str]) -> TextColumn | None:
         """The column of what `part_of` makes of each text, without a copy; None if that is not always a part of it."""
-        starts, ends, row = np.empty(len(self), np.int64), np.empty(len(self), np.int64), 0
+        starts, ends, row = np.empty_like(self.ends), np.empty_like(self.ends), 0
         for chunk in self.encoded():
             firsts = self._starts(slice(row, row + len(chunk))).tolist()
             for first, text in zip(firsts, chunk, strict=True):
@@ -94,11 +102,11 @@ class TextColumn(Sequence[str]):
                 row += 1
         return TextColumn(self.data, ends, starts)
 
-    def _starts(self, rows: slice) -> NDArray[np.int64]:
+    def _starts(self, rows: slice) -> Places:
         if self.starts is not None:
             return self.starts[rows]
         first = rows.start or 0
-        before = np.zeros(1, np.int64) if first == 0 else self.ends[first - 1 : first]
+        before = np.zeros(1, self.ends.dtype) if first == 0 else self.ends[first - 1 : first]
         return np.concatenate([before, self.ends[rows][:-1]])
 
     def __eq__(self, other: object) -> bool:
@@ -119,7 +127,7 @@ class TextColumn(Sequence[str]):
         if len(rows) == len(self) and np.array_equal(rows, np.arange(len(rows))):
             return self
         starts = self._starts(slice(0, len(self)))[rows] if len(rows) else rows
-        lengths = self.ends[rows] - starts
+        lengths = (self.ends[rows] - starts).astype(np.int64)
         ends = np.cumsum(lengths)
         data = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
         # The place of every byte takes eight; so only of some texts at a time.
@@ -129,7 +137,7 @@ class TextColumn(Sequence[str]):
             offsets = starts[part] - (ends[part] - lengths[part])  # Byte j of the result is byte j + offset of `data`.
             last = int(ends[part][-1])
             np.take(self.data, np.repeat(offsets, lengths[part]) + np.arange(first, last), out=data[first:last])
-        return TextColumn(data, ends)
+        return TextColumn(data, _narrow(ends))
 
     @staticmethod
     def join(columns: Sequence[TextColumn]) -> TextColumn:
@@ -143,7 +151,7 @@ class TextColumn(Sequence[str]):
         views = any(column.starts is not None for column in columns)
         return TextColumn(
             np.concatenate([column.data for column in columns]),
-            np.concatenate([column.ends + offset for column, offset in pairs]),
-            np.concatenate([column._starts(slice(0, len(column))) + offset for column, offset in pairs])
+            _narrow(np.concatenate([column.ends + offset for column, offset in pairs])),
+            _narrow(np.concatenate([column._starts(slice(0, len(column))) + offset for column, offset in pairs]))
             if views else None,
         )

@@ -82,6 +82,8 @@ def decode(path: Path) -> Decoded:
     Raises:
         DataError: if the file is missing or broken; it names the file.
     """
+    if path.suffix == ".npz":
+        raise DataError(f"{path}: only the latents of this image are there, so it cannot be shown; put it beside them")
     with _opened(path) as image:
         upright = _upright(image)
         if upright.mode.startswith("I"):
