@@ -29,10 +29,13 @@ SDXL_STEP = 32
 def model_request(config: RunConfig) -> ModelRequest:
     """Which model the run asks for."""
     model = config.model
+    # In files that kohya_ss writes every switch stands, so that false there is no answer but a default.
+    by_default = model.v_parameterization is False and not config.origins["v_parameterization"].startswith("--")
     return ModelRequest(
         model.pretrained_model_name_or_path,
         v2=model.v2,
-        v_parameterization=model.v_parameterization,
+        v_parameterization=None if by_default else model.v_parameterization,
+        guess=by_default,
         sdxl=model.sdxl,
         vae=model.vae,
     )

@@ -274,7 +274,7 @@ def test_what_no_tensor_tells_is_asked_for(tmp_path: Path) -> None:
     told = read(plain, v2=True, v_parameterization=True)
     assert told.prediction == told.scheduler["prediction_type"] == "v_prediction"
     assert told.parts["unet"].config["sample_size"] == 96
-    guessed = read_model(ModelRequest(str(plain)), guess=True)
+    guessed = read_model(ModelRequest(str(plain), guess=True))
     assert (guessed.prediction, guessed.told) == ("epsilon", False)
     for entries, prediction in (
         ({"modelspec.prediction_type": "v"}, "v_prediction"),

@@ -60,7 +60,7 @@ class TestCommandLine:
     def test_all_problems_come_out_at_once(self) -> None:
         message = refused(
             *words("--max_train_stpes 3 --max_train 3 --seed abc --train_batch_size 0 --mixed_precision fp61"),
-            *words("--v2 --deepspeed --sample_every_n_steps 5 --output_name --cache_latents yes"),
+            *words("--torch_compile --deepspeed --sample_every_n_steps 5 --output_name --cache_latents yes"),
             *words("--network_args conv_dim=4"),
         )
         for expected in (
@@ -69,7 +69,7 @@ class TestCommandLine:
             "--seed = 'abc': must be a whole number",
             "--train_batch_size = '0': must be a whole number >= 1",
             "did you mean fp16?",
-            "--v2 = True: is not yet supported",
+            "--torch_compile = True: is not yet supported",
             "--deepspeed = True: is refused; use mixed_precision",
             "--sample_every_n_steps: there are no prompts",
             "--output_name: needs a value",

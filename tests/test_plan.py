@@ -304,7 +304,7 @@ def test_the_cache_is_not_larger_than_planned(
     planned = plan_of(words(tiny_model, dataset, tmp_path / "out", more), capsys)["cache_bytes"]
     texts = "--cache_text_encoder_outputs_to_disk --max_token_length 150"
     both = plan_of(words(tiny_model, dataset, tmp_path / "out", f"{more} {texts}"), capsys)["cache_bytes"]
-    assert both - planned == 21 * 2 * 77 * 768 * 4
+    assert both - planned == 21 * 2 * 77 * 64 * 4
     train(tiny_model, dataset, tmp_path / "out", more)
     rows = sum(path.stat().st_size - 4096 for path in (cache / "latents").glob("*.safetensors"))
     assert rows == planned
@@ -327,13 +327,14 @@ def test_folders_are_tried_before_the_model_is_loaded(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    (tmp_path / "no_model.safetensors").write_bytes(b"")
     more = f"--max_train_steps 1 --cache_latents_to_disk --cache_dir {tmp_path / 'file' / 'below'}"
-    arguments = words(tmp_path / "no_model.safetensors", write_dataset(tmp_path / "d.toml"), tmp_path / "out", more)
+    arguments = words(tiny_model, write_dataset(tmp_path / "d.toml"), tmp_path / "out", more)
     assert main(arguments) == 4
-    said = capsys.readouterr().err
-    assert "nothing can be written there" in said
-    assert "--cache_dir" in said
+    printed = capsys.readouterr()
+    assert "nothing can be written there" in printed.err
+    assert "--cache_dir" in printed.err
+    assert "model:" not in printed.out
+    assert not (tmp_path / "out").exists()
 
 
 def test_options_that_no_image_calls_for_are_told_of(

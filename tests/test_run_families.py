@@ -128,7 +128,21 @@ def test_sdxl_has_its_own_name_and_bucket_steps(
     arguments = words(model, dataset, tmp_path / "out", "--max_train_steps 1")
     assert main(["plan", "train_network", *arguments]) == 0
     assert "bucket 96x" in capsys.readouterr().out
-    assert main(["sdxl_train_network", *arguments, "--v2"]) == 2
+    assert main(["sdxl_train_network", *arguments, "--v2"]) == 3
     assert main(["sdxl_train_network", *arguments, "--network_train_unet_only"]) == 0
     with safe_open(tmp_path / "out" / "lora.safetensors", "pt") as file:
         assert file.metadata()["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+def test_a_switch_that_is_off_in_a_file_decides_only_where_nothing_tells(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # kohya_ss writes every switch into its files.
+    (tmp_path / "gui.toml").write_text("v_parameterization = false\n")
+    dataset = write_dataset(tmp_path / "d.toml")
+    more = f"--max_train_steps 1 --network_train_unet_only --config_file {tmp_path / 'gui.toml'}"
+    marked = train(model_in(models, "sd2-v", "file"), dataset, tmp_path / "marked", more)
+    assert metadata(marked)["ss_base_model_version"] == "sd_v2_v"
+    said = f"{more} --no_v_parameterization"
+    forced = train(model_in(models, "sd2-v", "file"), dataset, tmp_path / "forced", said)
+    assert metadata(forced)["ss_base_model_version"] == "sd_v2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     request = ModelRequest(
         given.src, given.v2, given.v_parameterization, given.sdxl, given.vae, ema=given.ema, option="SRC"
     )
-    parts = read_model(request, guess=not form.startswith("diffusers"))
+    parts = read_model(replace(request, guess=not form.startswith("diffusers")))
     dtype = None if given.save_precision is None else getattr(torch, PRECISIONS[given.save_precision])
     print(f"read  {given.src}: {_described(parts)}")
     keep = not given.prune and not form.startswith("diffusers")

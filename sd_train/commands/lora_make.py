@@ -99,7 +99,7 @@ def read_parts(option: str, source: str) -> ModelParts:
         ModelError: if there is none, or it is broken; it names `option`.
     """
     try:
-        return read_model(ModelRequest(source), guess=True)
+        return read_model(ModelRequest(source, guess=True))
     except ModelError as problem:
         raise ModelError(
             *(line.replace("--pretrained_model_name_or_path", option) for line in problem.problems)

@@ -52,6 +52,8 @@ class ModelRequest:
     """A folder, a file or a hub id."""
     v2: bool = False
     v_parameterization: bool | None = None
+    guess: bool = False
+    """Take the model for one that predicts the noise where nothing tells, instead of refusing it."""
     sdxl: bool = False
     vae: str | None = None
     """Another autoencoder: a file, a folder or a whole model."""
@@ -103,12 +105,8 @@ class ModelKind:
     """Configuration of each part."""
 
 
-def read_model(request: ModelRequest, *, guess: bool = False) -> ModelParts:
+def read_model(request: ModelRequest) -> ModelParts:
     """The model that `request` names; its tensors are read when they are asked for.
-
-    Args:
-        request: where it is and what is said about it.
-        guess: go on as epsilon where nothing tells what a model predicts (for conversions, which need not know).
 
     Raises:
         ModelError: if there is none, it is of an unknown kind, incomplete or broken, or contradicts `request`.
@@ -120,7 +118,7 @@ def read_model(request: ModelRequest, *, guess: bool = False) -> ModelParts:
         # The option has told the path already.
         lines = (line.removeprefix(f"{request.source}: ") for line in problem.problems)
         raise ModelError(*(f"{request.option} = {request.source}: {line}" for line in lines)) from None
-    parts = _decided(request, parts, guess)
+    parts = _decided(request, parts)
     if request.vae is not None:
         vae = read_vae(request.vae, parts.family, parts.parts["vae"].config, request.allow_network)
         parts = replace(parts, parts={**parts.parts, "vae": vae})
@@ -219,7 +217,7 @@ def _of_metadata(metadata: Mapping[str, str]) -> Prediction | None:
     return None
 
 
-def _decided(request: ModelRequest, parts: ModelParts, guess: bool) -> ModelParts:
+def _decided(request: ModelRequest, parts: ModelParts) -> ModelParts:
     """With the prediction that flags, markers, metadata or custom decide on, in this order."""
     where = f"{request.option} = {request.source}"
     for given, flag, families in ((request.v2, "--v2", ("sd2",)), (request.sdxl, "--sdxl", ("sdxl", "sdxl_refiner"))):
@@ -228,7 +226,7 @@ def _decided(request: ModelRequest, parts: ModelParts, guess: bool) -> ModelPart
     prediction, told = parts.prediction, parts.told
     if request.v_parameterization is not None:
         prediction, told = ("v_prediction" if request.v_parameterization else "epsilon"), True
-    if not told and parts.family == "sd2" and not guess:
+    if not told and parts.family == "sd2" and not request.guess:
         raise ModelError(
             f"{where}: is Stable Diffusion 2.x, and nothing tells the model for 512 pixels from the one for 768, which "
             "predicts v; say --v_parameterization (768) or --no_v_parameterization (512, base)"
