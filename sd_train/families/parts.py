@@ -52,8 +52,6 @@ class ModelRequest:
     """A folder, a file or a hub id."""
     v2: bool = False
     v_parameterization: bool | None = None
-    guess: bool = False
-    """Take the model for one that predicts the noise where nothing tells, instead of refusing it."""
     sdxl: bool = False
     vae: str | None = None
     """Another autoencoder: a file, a folder or a whole model."""
@@ -63,6 +61,8 @@ class ModelRequest:
     """Take the U-Net's running means for its weights."""
     option: str = "--pretrained_model_name_or_path"
     """What named the model, for messages."""
+    guess: bool = False
+    """Take the model for one that predicts the noise where nothing tells, instead of refusing it."""
 
 
 @dataclass(frozen=True)
