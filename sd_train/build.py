@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,7 +117,19 @@ def _load_family(prepared: Prepared) -> tuple[Family, str]:
     family.configure(text_options(config))
     digest = family.digest()
     family.to(device.device, device.weight_dtype)
+    if config.training.xformers:
+        _use_xformers(prepared, family)
     return family, digest
+
+
+def _use_xformers(prepared: Prepared, family: Family) -> None:
+    """xformers' attention in the U-Net; without it, or on other devices, PyTorch's stays."""
+    unet: Any = family.networks["unet"]
+    if prepared.device.device.type == "cuda" and importlib.util.find_spec("xformers") is not None:
+        unet.enable_xformers_memory_efficient_attention()
+    elif prepared.device.is_main:
+        reason = "it works on NVIDIA GPUs only" if prepared.device.device.type != "cuda" else "it is not installed"
+        warn_line(f"--xformers has no effect: {reason} (pip install xformers); PyTorch's attention is used")
 
 
 def _make_lora(prepared: Prepared, family: Family) -> Lora:

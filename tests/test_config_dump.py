@@ -106,7 +106,7 @@ def test_schema_describes_every_option() -> None:
         if len(option.choices) > 1:
             assert set(entry["enum"]) == set(option.choices)
     assert schema["properties"]["max_train_steps"]["minimum"] == 1
-    assert schema["properties"]["xformers"]["deprecated"] is True
+    assert schema["properties"]["mem_eff_attn"]["deprecated"] is True
     assert "min_snr_gamma" not in schema["properties"]
     section = schema["additionalProperties"]
     assert section["additionalProperties"] is False

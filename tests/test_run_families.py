@@ -146,3 +146,15 @@ def test_a_switch_that_is_off_in_a_file_decides_only_where_nothing_tells(
     said = f"{more} --no_v_parameterization"
     forced = train(model_in(models, "sd2-v", "file"), dataset, tmp_path / "forced", said)
     assert metadata(forced)["ss_base_model_version"] == "sd_v2"
+
+
+def test_xformers_without_a_gpu_is_told_of(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gui.toml").write_text('xformers = "xformers"\n')
+    dataset = write_dataset(tmp_path / "d.toml")
+    plain = train(tiny_model, dataset, tmp_path / "plain", "--max_train_steps 1")
+    capsys.readouterr()
+    other = train(tiny_model, dataset, tmp_path / "x", f"--max_train_steps 1 --config_file {tmp_path / 'gui.toml'}")
+    assert "--xformers has no effect: it works on NVIDIA GPUs only" in capsys.readouterr().err
+    assert differences(plain, other) == []

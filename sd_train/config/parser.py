@@ -121,6 +121,9 @@ def _merge(line: CommandLine, problems: Problems) -> dict[str, Given]:
         if (wish := from_file.get("output_config")) is not None and wish.value not in (False, ""):
             problems.add(wish.where("output_config"), wish.value, "works only as a flag", "remove it from the file")
     merged = {**canonical(from_file), **canonical(line.values)}
+    if (chosen := merged.get("xformers")) is not None and chosen.value in ("xformers", "sdpa", "none"):
+        # What kohya_ss calls its choice of attention.
+        merged["xformers"] = Given(chosen.value == "xformers", chosen.origin)
     return {name: given for name, given in merged.items() if not _is_unset(name, given.value, merged)}
 
 
@@ -144,7 +147,7 @@ def _without_unsupported(given: Mapping[str, Given], problems: Problems, warning
             continue
         if known is None or known.status == "supported":
             supported[name] = entry
-        elif known.kind == "flag" and entry.value not in (True, name):
+        elif known.kind == "flag" and entry.value is not True:
             problems.add(entry.where(name), entry.value, "must be true or false", "write true or false without quotes")
         elif known.status == "no_effect":
             warnings.append(f"{entry.where(name)} has no effect: {known.note}")

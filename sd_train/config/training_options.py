@@ -85,4 +85,7 @@ class TrainingOptions(Group):
         description="Threads that prepare batches, at most one for each processor; 0: in the main thread.",
     )
     prior_loss_weight: float = Field(1.0, ge=0, le=1e6, description="Weight of the loss of regularisation images.")
-    sdpa: bool = Field(False, description="Use PyTorch's attention; accepted for old files, it is always used.")
+    sdpa: bool = Field(False, description="Use PyTorch's attention; accepted for old files, it is the default.")
+    xformers: bool = Field(
+        False, description="Use xformers' attention on NVIDIA GPUs if it is installed, else PyTorch's."
+    )
