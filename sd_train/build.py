@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sd_train.build_caches import fill_caches
 from sd_train.checkpoint import Checkpoint, Intervals, diffusers_lora, save_own
@@ -22,6 +23,7 @@ from sd_train.families.sources import open_file, read_all
 from sd_train.files import probe_folder, write_text
 from sd_train.guard import Guard
 from sd_train.loop import Training, train
+from sd_train.lora_files.writing import to_kohya
 from sd_train.metadata import RunFacts, build_metadata, describe_base
 from sd_train.objectives.denoise import Denoise
 from sd_train.optim.optimizers import make_optimizer
@@ -113,7 +115,8 @@ def _silent(text: str) -> None:
 def _load_family(prepared: Prepared) -> tuple[Family, str]:
     """The base model on its device, and the digest of its weights."""
     config, device = prepared.config, prepared.device
-    family = load_family(model_request(config))
+    # As it is stored, which takes the least memory; the digest is the same in every precision that holds it.
+    family = load_family(model_request(config), None)
     family.configure(text_options(config))
     digest = family.digest()
     family.to(device.device, device.weight_dtype)
@@ -149,12 +152,7 @@ def _make_lora(prepared: Prepared, family: Family) -> Lora:
     )
     lora.install(family)
     if network.network_weights is not None and prepared.resume is None:
-        weights = read_all(open_file(network.network_weights)[0])
-        if not any(name.endswith(".lora_down.weight") for name in weights):
-            raise ModelError(
-                f"--network_weights = {network.network_weights}: holds no LoRA in kohya's format (names that end in "
-                ".lora_down.weight); a base model is given with --pretrained_model_name_or_path"
-            )
+        weights = _network_weights(network.network_weights, family.name)
         try:
             # Modules of a network that this run does not train are left out, as in sd-scripts.
             lora.load(without_roles(weights, lora))
@@ -168,6 +166,24 @@ def _make_lora(prepared: Prepared, family: Family) -> Lora:
             if role != "unet" and lora.trains(role):
                 family.checkpoint_gradients(role)
     return lora
+
+
+def _network_weights(path: Path, family: str) -> dict[str, Tensor]:
+    """The LoRA in `path` under kohya's keys, which are those of a `Lora`."""
+    source, metadata = open_file(path)
+    weights = read_all(source)
+    if any(name.endswith(".lora_down.weight") for name in weights):
+        return weights
+    try:
+        found = to_kohya(weights, family, metadata).tensors
+    except ModelError:
+        found = {}
+    if not any(name.endswith(".lora_down.weight") for name in found):
+        raise ModelError(
+            f"--network_weights = {path}: holds no LoRA, neither of kohya's programs nor of diffusers (see sd-train "
+            "lora check); a base model is given with --pretrained_model_name_or_path"
+        )
+    return found
 
 
 def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str], None]) -> int:
@@ -306,4 +322,5 @@ def _facts(prepared: Prepared, family: Family, optimizer: torch.optim.Optimizer)
         base_version=family.base_version,
         architecture=family.architecture,
         prediction=family.prediction,
+        zero_terminal_snr=family.zero_terminal_snr,
     )

@@ -78,6 +78,7 @@ class RunFacts:
     base_version: str
     architecture: str
     prediction: str
+    zero_terminal_snr: bool = False
 
 
 def now() -> float:
@@ -173,6 +174,7 @@ def _from_facts(facts: RunFacts) -> dict[str, Any]:
         "ss_optimizer": facts.optimizer,
         "ss_v2": facts.base_version.startswith("sd_v2"),
         "ss_base_model_version": facts.base_version,
+        "ss_zero_terminal_snr": facts.zero_terminal_snr,
     }
 
 

@@ -173,6 +173,11 @@ def test_targets_are_checked_first(tmp_path: Path, capsys: pytest.CaptureFixture
     for _ in range(2):
         convert(source, tmp_path / "folder", "--overwrite", "--save_model_as", "diffusers_safetensors")
     assert_equal_tensors(all_tensors(read(tmp_path / "folder")), all_tensors(read(source)))
+    # An old folder is replaced whole, and with it all that lies in it.
+    inner = source.rename(tmp_path / "folder" / "model.safetensors")
+    for words in ((inner, tmp_path / "folder"), (other, tmp_path / "folder", "--vae", inner)):
+        assert "lies in DST, which is replaced" in refused(capsys, 2, *words, "--overwrite")
+    assert inner.read_bytes() == before
 
 
 def test_inpainting_models_are_converted(tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ SD15, SDXL = tensors_of("sd15"), tensors_of("sdxl_base")
     ("tensors", "reason"),
     [
         ({}, "no Stable Diffusion checkpoint"),
-        ({"lora_unet_x.lora_up.weight": 1}, "a LoRA, not a base model; give it with --network_weights"),
+        ({"lora_unet_x.lora_up.weight": 1}, "a LoRA, not a base model; give the model"),
         ({"unet.down_blocks.0.attn.to_q.lora.up.weight": 1}, "a LoRA"),
         ({"down_blocks.0.resnets.0.conv1.weight": 1}, "a U-Net alone"),
         ({"encoder.down.0.block.0.conv1.weight": 1}, "a VAE alone; give it with --vae"),

@@ -32,6 +32,7 @@ from tests.models import (
     original_tensors,
     tiny_parts,
     write_ckpt,
+    write_file,
     write_folder,
 )
 
@@ -110,7 +111,7 @@ def test_saved_parts_are_the_live_weights(tmp_path: Path) -> None:
     }
 
 
-def test_a_digest_is_of_values_and_changes_with_one_weight() -> None:
+def test_a_digest_is_of_values_and_changes_with_one_weight(tmp_path: Path) -> None:
     family, other = fresh_tiny("sdxl"), fresh_tiny("sdxl")
     first = family.digest()
     texts, images = other.encoder_digest("texts"), other.encoder_digest("images")
@@ -120,11 +121,10 @@ def test_a_digest_is_of_values_and_changes_with_one_weight() -> None:
     assert other.encoder_digest("texts") != texts
     assert other.encoder_digest("images") == images
     # What half precision can hold is the same model however it is stored.
-    half = tiny_parts("sd1")
-    stored = make_family(make_tiny_parts("sd1", SEED)).to(torch.device("cpu"), torch.float16)
-    again = fresh_tiny("sd1").to(torch.device("cpu"), torch.float16).to(torch.device("cpu"), torch.float32)
-    assert half.family == "sd1"
-    assert stored.digest() == again.digest()
+    path = write_file(tmp_path, "sdxl")
+    stored = load_family(ModelRequest(str(path)), None)
+    assert stored.networks["unet"].conv_in.weight.dtype == torch.float16
+    assert stored.digest() == load(path).digest()
 
 
 def test_precision_is_chosen_or_kept(tmp_path: Path) -> None:
@@ -232,6 +232,11 @@ def test_a_folder_with_tokens_of_its_own_equals_diffusers(tmp_path: Path) -> Non
             expected = theirs.encode_prompt(caption, "cpu", 1, False)[0]
             torch.testing.assert_close(ours.encode_texts([caption])["states"], expected, atol=1e-5, rtol=0)
     assert 49409 in ours.text_encoders["text_encoder"].tokenizer(["<my-style>"], 1).ids
+    # The same weights under other words encode captions otherwise.
+    shutil.copytree(folder, tmp_path / "renamed")
+    for path in (tmp_path / "renamed" / "tokenizer").iterdir():
+        path.write_text(path.read_text(encoding="utf-8").replace("<my-style>", "<her-style>"), encoding="utf-8")
+    assert load(tmp_path / "renamed").encoder_digest("texts") != ours.encoder_digest("texts")
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(ModelError, match=r"knows 49410 tokens instead of CLIP's 49408, and"):
         load(folder)

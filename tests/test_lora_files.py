@@ -346,7 +346,7 @@ def test_merging_into_a_model(folder: bool, tmp_path: Path, model: Path) -> None
                 torch.testing.assert_close(new.float(), whole, atol=1e-5 if folder else 1e-3, rtol=1e-3)
             else:
                 assert torch.equal(old, new)
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         main(arguments)
 
 
@@ -384,6 +384,19 @@ def test_resize_keeps_metadata_and_makes_new_hashes(tmp_path: Path) -> None:
     found = changes(out)
     for adapter in adapters:
         assert (found[adapter.place].norm() / expected(adapter).norm()).item() >= 0.79
+
+
+def test_merging_replaces_no_folder_of_other_things(tmp_path: Path) -> None:
+    model = write_folder(tmp_path)
+    path = lora_file(tmp_path / "a.safetensors", make("sd1", some_targets("sd1"), "one", "three"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_bytes(b"x")
+    arguments = ["merge", "--sd_model", str(model), "--models", str(path), "--overwrite", "--save_to"]
+    for target, reason in ((photos, "a folder with other things than a model"), (model, "is --sd_model itself")):
+        with pytest.raises(ConfigError, match=reason):
+            main([*arguments, str(target)])
+    assert (photos / "cat.jpg").read_bytes() == b"x"
 
 
 @pytest.mark.parametrize("conv", [False, True])

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from sd_train.__main__ import main
 from sd_train.demo.tiny_model import TinyKind
+from sd_train.families.saving import save_model
 from sd_train.lora_files.adapter import delta
 from sd_train.lora_files.reading import open_lora
-from tests.models import write_file, write_folder
+from tests.models import tiny_parts, write_file, write_folder
 from tests.runs import differences, largest_difference, metadata, train, words, write_dataset
 
 CACHED = "--max_train_steps 3 --cache_latents --cache_text_encoder_outputs --network_train_unet_only"
@@ -106,8 +107,9 @@ def test_contradictions_end_before_anything_is_loaded(
 
 def test_a_lora_in_diffusers_format_loads_there_as_kohyas_does(tiny_model: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d.toml")
-    kohya = train(tiny_model, dataset, tmp_path / "kohya", "--max_train_steps 2")
-    theirs = train(tiny_model, dataset, tmp_path / "diffusers", "--max_train_steps 2 --output_lora_format diffusers")
+    two = "--max_train_steps 2 --network_alpha 2"
+    kohya = train(tiny_model, dataset, tmp_path / "kohya", two)
+    theirs = train(tiny_model, dataset, tmp_path / "diffusers", f"{two} --output_lora_format diffusers")
     names = set(load_file(theirs))
     assert all(name.startswith(("unet.", "text_encoder.")) and ".lora_" in name for name in names)
     assert len(names) == 2 * sum(name.endswith(".alpha") for name in load_file(kohya))
@@ -118,6 +120,12 @@ def test_a_lora_in_diffusers_format_loads_there_as_kohyas_does(tiny_model: Path,
     assert len(pairs) == len(names) // 2
     for adapter in ours.adapters():
         torch.testing.assert_close(delta(adapter), delta(pairs[adapter.place]))
+    # Either is a beginning for another training.
+    more = "--max_train_steps 1 --network_alpha 2 --network_weights"
+    kohya, theirs = (
+        train(tiny_model, dataset, tmp_path / f"{path.parent.name}_2", f"{more} {path}") for path in (kohya, theirs)
+    )
+    assert differences(kohya, theirs) == []
 
 
 def test_sdxl_has_its_own_name_and_bucket_steps(
@@ -146,6 +154,14 @@ def test_a_switch_that_is_off_in_a_file_decides_only_where_nothing_tells(
     said = f"{more} --no_v_parameterization"
     forced = train(model_in(models, "sd2-v", "file"), dataset, tmp_path / "forced", said)
     assert metadata(forced)["ss_base_model_version"] == "sd_v2"
+
+
+def test_metadata_tells_of_a_schedule_that_ends_in_pure_noise(tmp_path: Path) -> None:
+    model = tmp_path / "zero.safetensors"
+    save_model(model, tiny_parts("sdxl", prediction="v_prediction", zero_terminal_snr=True), "safetensors")
+    dataset = write_dataset(tmp_path / "d.toml")
+    found = metadata(train(model, dataset, tmp_path / "out", "--max_train_steps 1 --network_train_unet_only"))
+    assert (found["ss_zero_terminal_snr"], found["modelspec.prediction_type"]) == ("True", "v")
 
 
 def test_xformers_without_a_gpu_is_told_of(

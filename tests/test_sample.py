@@ -128,7 +128,9 @@ def test_a_lora_of_another_model_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert f"error: {lora}: " in (said := capsys.readouterr().err)
     assert "modules are not in the model" in said
     assert main(["sample", str(lora), "--prompt", "x", "--output_dir", str(tmp_path / "o")]) == 3
-    assert f"error: MODEL = {lora}: is a LoRA, not a base model; give it with --lora" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"error: MODEL = {lora}: is a LoRA, not a base model" in told
+    assert "to --lora of sample" in told
     assert not (tmp_path / "o").exists()
 
 

@@ -234,10 +234,14 @@ def test_more_layers_than_there_are_cannot_be_skipped(restored: tuple[TinyKind, 
 
 def test_every_option_changes_the_digest(restored: tuple[TinyKind, LatentDiffusion, Any]) -> None:
     _, family, _ = restored
-    options = (TextOptions(), TextOptions(max_token_length=150), TextOptions(weighted_captions=True))
+    layers = min(encoder.layers for encoder in family.text_encoders.values())
+    options = (
+        TextOptions(), TextOptions(max_token_length=150), TextOptions(weighted_captions=True),
+        TextOptions(clip_skip=layers),
+    )  # fmt: skip
     digests = []
     for each in (*options, TextOptions()):
         family.configure(each)
         digests.append(family.encoder_digest("texts"))
-    assert len(set(digests)) == 3
-    assert digests[0] == digests[3]
+    assert len(set(digests)) == 4
+    assert digests[0] == digests[4]

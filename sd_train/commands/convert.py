@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     """
     given = _parser().parse_args(argv)
     form = _form(given.dst, given.save_model_as)
-    _check_target(given.src, given.dst, form, given.overwrite)
+    sources = [("SRC", given.src)] + ([("--vae", given.vae)] if given.vae else [])
+    check_target(sources, given.dst, form, given.overwrite)
     # torch takes seconds to import, and --help does not need it.
     import torch
 
@@ -100,17 +101,35 @@ def _form(target: Path, asked: str | None) -> Any:
     return asked
 
 
-def _check_target(source: str, target: Path, form: str, overwrite: bool) -> None:
+def check_target(
+    sources: Sequence[tuple[str, str]], target: Path, form: str, overwrite: bool, option: str = "DST"
+) -> None:
+    """Whether a model may be written to `target` as `form`.
+
+    Args:
+        sources: files and folders that are read meanwhile, behind the options that name them.
+        target: what `option` names.
+        form: one of `FORMS`.
+        overwrite: whether something there may be replaced.
+        option: for messages.
+
+    Raises:
+        ConfigError: if something is there that is not to be replaced.
+    """
     if not os.path.lexists(target):
         return
-    if os.path.exists(source) and target.resolve() == Path(source).resolve():
-        raise ConfigError(f"{target}: is SRC itself; choose another DST")
+    for name, source in sources:
+        if not os.path.exists(source) or not Path(source).resolve().is_relative_to(target.resolve()):
+            continue
+        if target.resolve() == Path(source).resolve():
+            raise ConfigError(f"{target}: is {name} itself; choose another {option}")
+        raise ConfigError(f"{source}: lies in {option}, which is replaced as a whole; choose another {option}")
     if not overwrite:
-        raise ConfigError(f"{target}: exists already; choose another DST, or replace it with --overwrite")
+        raise ConfigError(f"{target}: exists already; choose another {option}, or replace it with --overwrite")
     if target.is_dir() != form.startswith("diffusers"):
-        raise ConfigError(f"{target}: is {'a folder' if target.is_dir() else 'a file'}; choose another DST")
+        raise ConfigError(f"{target}: is {'a folder' if target.is_dir() else 'a file'}; choose another {option}")
     if target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").is_file():
-        raise ConfigError(f"{target}: is a folder with other things than a model; choose another DST or remove it")
+        raise ConfigError(f"{target}: is a folder with other things than a model; choose another {option} or remove it")
 
 
 def _described(parts: ModelParts) -> str:

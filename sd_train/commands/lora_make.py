@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from sd_train.commands.convert import check_target
 from sd_train.commands.lora import PRECISIONS
-from sd_train.errors import ConfigError, ModelError, RunError
+from sd_train.errors import ConfigError, ModelError
 from sd_train.families.parts import ModelParts, ModelRequest, read_model
 from sd_train.families.saving import SaveForm, save_model
 from sd_train.families.sources import Part
@@ -61,8 +62,8 @@ def merge(given: argparse.Namespace) -> None:
 
 def _merge_into_model(given: argparse.Namespace, loras: Sequence[Weighted]) -> None:
     form: SaveForm = given.save_model_as or _form(given.save_to)
-    if given.save_to.exists() and not given.overwrite:
-        raise RunError(f"--save_to = {given.save_to}: exists already; choose another name or give --overwrite")
+    sources = [("--sd_model", given.sd_model), *(("--models", str(path)) for path in given.models)]
+    check_target(sources, given.save_to, form, given.overwrite, "--save_to")
     parts = read_parts("--sd_model", given.sd_model)
     for weighted in loras:
         if weighted.lora.family is not None and weighted.lora.family != parts.family and not _alike(weighted, parts):
@@ -98,12 +99,7 @@ def read_parts(option: str, source: str) -> ModelParts:
     Raises:
         ModelError: if there is none, or it is broken; it names `option`.
     """
-    try:
-        return read_model(ModelRequest(source, guess=True))
-    except ModelError as problem:
-        raise ModelError(
-            *(line.replace("--pretrained_model_name_or_path", option) for line in problem.problems)
-        ) from None
+    return read_model(ModelRequest(source, guess=True, option=option))
 
 
 def resize(given: argparse.Namespace) -> None:

@@ -197,7 +197,7 @@ def load_model(options: SampleOptions, device: Device) -> Family:
 
 def _in_our_words(text: str) -> str:
     """The trainer's options as ours."""
-    return text.replace("--pretrained_model_name_or_path", "MODEL").replace("--network_weights", "--lora")
+    return text.replace("--pretrained_model_name_or_path", "MODEL")
 
 
 def _merged(parts: ModelParts, chosen: Sequence[ChosenLora]) -> ModelParts:

@@ -248,7 +248,10 @@ class LatentDiffusion:
             return digest_of(self.tensors("vae"))
         weights = " ".join(digest_of(self.tensors(role)) for role in self.text_encoders)
         layer = next(iter(self.text_encoders.values())).layer
-        return f"{weights} layer {layer} chunks {self.options.chunks} weighted {self.options.weighted_captions}"
+        settings = f"layer {layer} chunks {self.options.chunks} weighted {self.options.weighted_captions}"
+        # Models may have words of their own.
+        own = [encoder.tokenizer.added_words for encoder in self.text_encoders.values()]
+        return f"{weights} {settings}" + (f" words {own}" if any(own) else "")
 
     def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
         """diffusers' pipeline around our modules; it is given prompt embeddings, so it needs no text encoder."""

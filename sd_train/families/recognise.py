@@ -90,7 +90,10 @@ def _foreign(names: set[str]) -> str | None:
         return any(name.startswith(prefixes) for name in names)
 
     if has("lora_unet_", "lora_te", "lycoris_") or any(".lora_" in name or ".lora." in name for name in names):
-        return "a LoRA, not a base model; give it with --network_weights"
+        return (
+            "a LoRA, not a base model; give the model that it was made for (a LoRA goes to --network_weights of "
+            "train_network, or to --lora of sample)"
+        )
     if has("conditioner.embedders.") or has("cond_stage_model."):
         missing = [prefix for prefix in (UNET_PREFIX, VAE_PREFIX) if not has(prefix)]
     else:

@@ -61,7 +61,7 @@ class StableDiffusionXL(LatentDiffusion):
         """
         states = texts["states"]
         ids = [(*known.original, *known.crop, *self._last(known.target, AESTHETIC_SCORE)) for known in geometry]
-        time_ids = torch.tensor(ids, dtype=torch.float32, device=states.device)
+        time_ids = torch.tensor(ids, dtype=torch.float32).to(states.device, non_blocking=True)
         return Conditioning(states, texts["pooled"], {"time_ids": time_ids})
 
     def _last(self, target: tuple[int, int], score: float) -> tuple[float, ...]:

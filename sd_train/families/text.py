@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sd_train.families.tokenizer import END_ID
 from sd_train.families.weighting import Piece, split_weights
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class ChunkTokenizer:
 
     tokenizer: CLIPTokenizer
     _known: dict[tuple[str, int, bool], Tokens] = field(default_factory=dict)
+
+    @property
+    def added_words(self) -> list[tuple[str, int]]:
+        """Words beyond CLIP's vocabulary with their ids, by id."""
+        added: dict[str, int] = self.tokenizer.get_added_vocab()
+        return sorted(((word, place) for word, place in added.items() if place > END_ID), key=lambda pair: pair[1])
 
     def length(self, text: str, weighted: bool = False) -> int:
         """Number of tokens, without start and end; `weighted`: brackets are weights and no text."""
@@ -148,7 +155,7 @@ class TextEncoder:
         tokens = self.tokenizer(texts, chunks, weighting != "none")
         network: Any = self.network
         batch, _, length = tokens.ids.shape
-        ids = tokens.ids.view(batch * chunks, length).to(network.device)
+        ids = tokens.ids.view(batch * chunks, length).to(network.device, non_blocking=True)
         plain = self.layer == 1 and self.final_norm
         output = network(ids, output_hidden_states=not plain)
         if plain:
@@ -158,8 +165,10 @@ class TextEncoder:
             if self.final_norm:
                 states = clip_transformer(network).get_submodule("final_layer_norm")(states)
         states = _joined(states.view(batch, chunks, length, -1))
-        if weighting != "none":
-            states = _weighted(states, _joined(tokens.weights.unsqueeze(-1).to(states.device)), weighting)
+        # Asked on the CPU: a question to the device would wait for it.
+        if bool((tokens.weights != 1).any()):
+            weights = _joined(tokens.weights.unsqueeze(-1)).to(states.device, non_blocking=True)
+            states = _weighted(states, weights, weighting)
         pooled = None
         if hasattr(network, "text_projection"):
             ends = (ids == self.tokenizer.tokenizer.eos_token_id).int().argmax(dim=1)
@@ -177,8 +186,6 @@ def _joined(rows: Tensor) -> Tensor:
 
 def _weighted(states: Tensor, weights: Tensor, weighting: Weighting) -> Tensor:
     """[B, tokens, width] times [B, tokens, 1]."""
-    if bool((weights == 1).all()):
-        return states
     weighed = states * weights.to(states.dtype)
     if weighting == "mean":
         before, after = (part.float().mean(dim=(1, 2), keepdim=True) for part in (states, weighed))
