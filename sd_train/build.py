@@ -201,7 +201,11 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
     )
     params = [parameter for group in groups for parameter in group.params.values()]
     updater = Updater(device, optimizer, params, config.optimizer.max_grad_norm)
-    say(f"model: {config.model.pretrained_model_name_or_path}; {_count(lora)}")
+    predicts = {"epsilon": "the noise", "v_prediction": "v", "sample": "the picture"}[family.prediction]
+    say(
+        f"model: {config.model.pretrained_model_name_or_path} ({family.base_version}, predicts {predicts}); "
+        f"{_count(lora)}"
+    )
     assert family.latent is not None
     prepared.updates.draw = draw_function(progress.seed, family.latent, family.schedule.steps)
     report = Report(

@@ -534,3 +534,26 @@ def test_models_of_another_family_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ModelError, match="is for sd1"):
         main([*arguments, str(other)])
+
+
+def test_files_with_nan_are_refused_by_every_tool_that_writes(tmp_path: Path, tiny_model: Path) -> None:
+    good = {"lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(2.0)}
+    good["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"] = torch.randn(2, 64, 1, 1)
+    good["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"] = torch.full((64, 2, 1, 1), float("nan"))
+    broken = tmp_path / "nan.safetensors"
+    save_file(good, broken)
+    out = str(tmp_path / "out.safetensors")
+    for words in (
+        ["resize", str(broken), "--new_rank", "1", "--save_to", out],
+        ["convert", str(broken), "--to", "diffusers", "--save_to", out],
+        ["merge", "--sd_model", str(tiny_model), "--models", str(broken), "--save_to", out],
+    ):
+        with pytest.raises(ModelError, match="not finite"):
+            main(words)
+    assert not Path(out).exists()
+
+
+def test_two_equal_models_leave_nothing_to_extract(tmp_path: Path, tiny_model: Path) -> None:
+    words = ["extract", "--model_org", str(tiny_model), "--model_tuned", str(tiny_model), "--dim", "2"]
+    with pytest.raises(ModelError, match="nothing to extract"):
+        main([*words, "--save_to", str(tmp_path / "out.safetensors")])

@@ -245,3 +245,16 @@ def test_every_option_changes_the_digest(restored: tuple[TinyKind, LatentDiffusi
         digests.append(family.encoder_digest("texts"))
     assert len(set(digests)) == 4
     assert digests[0] == digests[4]
+
+
+def test_states_whose_mean_is_rounding_keep_their_weights() -> None:
+    """A layer norm that nothing has trained leaves no mean, and a ratio of two roundings would be anything."""
+    from sd_train.families.text import _weighted
+
+    states = torch.nn.functional.layer_norm(torch.randn(1, 77, 64), (64,))
+    weights = torch.ones(1, 77, 1)
+    weights[:, 3] = 1.5
+    assert torch.equal(_weighted(states, weights, "mean"), states * weights)
+    shifted = states + 0.1
+    kept = _weighted(shifted, weights, "mean")
+    torch.testing.assert_close(kept.mean(), shifted.mean())

@@ -90,9 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_LIKE_FILES = (".safetensor", ".safetensors.", ".sft", ".bin", ".pth", ".ckp", ".onnx", ".gguf", ".zip")
+
+
 def _form(target: Path, asked: str | None) -> Any:
     """The form to write, from the name of `target` unless asked for."""
     named = {".safetensors": "safetensors", ".ckpt": "ckpt", ".pt": "ckpt"}.get(target.suffix.lower())
+    if asked is None and named is None and target.suffix.lower() in _LIKE_FILES and not target.is_dir():
+        raise ConfigError(
+            f"DST = {target}: ends like a file, but no such file is written; end it in .safetensors or .ckpt, or give "
+            "--save_model_as diffusers for a folder of that name"
+        )
     if asked is None:
         return named or "diffusers"
     if asked.startswith("diffusers") != (named is None) or (named is not None and named != asked):

@@ -19,15 +19,26 @@ def main(argv: Sequence[str]) -> int:
     """
     given = _parser().parse_args(argv)
     from sd_train.commands import lora_check, lora_make
+    from sd_train.errors import ModelError
 
     if given.action == "check":
         return lora_check.run(given)
-    {
+    actions = {
         "merge": lora_make.merge,
         "resize": lora_make.resize,
         "extract": lora_make.extract,
         "convert": lora_make.convert,
-    }[given.action](given)
+    }
+    try:
+        actions[given.action](given)
+    except RuntimeError as problem:
+        # torch.linalg.LinAlgError, which torch does not export.
+        if "linalg" not in str(problem):
+            raise
+        raise ModelError(
+            f"lora {given.action}: a weight cannot be decomposed ({problem}); are the files' values finite? "
+            "sd-train lora check tells of a LoRA"
+        ) from None
     return 0
 
 

@@ -143,7 +143,8 @@ def extract(given: argparse.Namespace) -> None:
     how = Extraction(rule, given.conv_dim is not None, clamp, given.min_diff)
     sides = [{role: part.tensors for role, part in model.parts.items()} for model in (original, tuned)]
     found = list(extract_adapters(sides[0], sides[1], how, _device(given)))
-    if not found:
+    # As sd-scripts, the file holds the modules that did not change too; but not if none did.
+    if not any(all(bool(factor.any()) for factor in one.adapter.factors.values()) for one in found):
         raise ModelError(f"{given.model_tuned}: does not differ from {given.model_org}; there is nothing to extract")
     adapters = with_one_alpha(one.adapter for one in found)
     metadata = {
@@ -219,6 +220,16 @@ def _weighted(given: argparse.Namespace) -> list[Weighted]:
 def _open(given: argparse.Namespace, path: Path) -> LoraFile:
     lora = open_lora(path, given.family)
     refuse_leftovers(lora)
+    broken = [
+        f"{adapter.place.role}.{adapter.place.path}"
+        for adapter in lora.adapters()
+        if not all(bool(factor.isfinite().all()) for factor in adapter.factors.values() if factor.is_floating_point())
+    ]
+    if broken:
+        raise ModelError(
+            f"{path}: {len(broken)} modules hold values that are not finite, e.g. {', '.join(broken[:3])}; "
+            "go back to an earlier save"
+        )
     return lora
 
 

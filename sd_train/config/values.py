@@ -144,10 +144,10 @@ def parse_network_args(value: object) -> dict[str, Any]:
 
 
 def parse_single_rate(value: object) -> object:
-    """sd-scripts takes a list of text encoder rates; Stable Diffusion 1.x has one text encoder, so one rate."""
+    """sd-scripts takes a list of text encoder rates, of which its LoRA uses the first alone."""
     if isinstance(value, list | tuple):
         if len(value) != 1:
-            raise rejected("takes one rate, because the model has one text encoder", "give a single number")
+            raise rejected("takes one rate, which holds for all text encoders", "give a single number")
         value = value[0]
     if isinstance(value, str):
         try:

@@ -222,7 +222,10 @@ def _decided(request: ModelRequest, parts: ModelParts) -> ModelParts:
     where = f"{request.option} = {request.source}"
     for given, flag, families in ((request.v2, "--v2", ("sd2",)), (request.sdxl, "--sdxl", ("sdxl", "sdxl_refiner"))):
         if given and parts.family not in families:
-            raise ModelError(f"{where}: is {TITLES[parts.family]}, and {flag} says otherwise; leave {flag} out")
+            instead = " (sdxl_train_network gives it: use train_network)" if flag == "--sdxl" else ""
+            raise ModelError(
+                f"{where}: is {TITLES[parts.family]}, and {flag} says otherwise; leave {flag} out{instead}"
+            )
     prediction, told = parts.prediction, parts.told
     if request.v_parameterization is not None:
         prediction, told = ("v_prediction" if request.v_parameterization else "epsilon"), True

@@ -32,12 +32,13 @@ class StableDiffusionXL(LatentDiffusion):
     """
 
     latents_suffix = "_sdxl"
-    original_lora_names = True
     text_prefixes: Mapping[str, str] = MappingProxyType({"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"})
 
     def __init__(self, parts: ModelParts, dtype: torch.dtype | None = torch.float32) -> None:
         super().__init__(parts, dtype)
         self.refines = parts.family == "sdxl_refiner"
+        # diffusers takes one of the refiner's original names for another module.
+        self.original_lora_names = not self.refines
         part = "refiner" if self.refines else "base"
         self.base_version = f"sdxl_{part}_v1-0"
         self.architecture = f"stable-diffusion-xl-v1-{part}"

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 CHUNK = 75
 """Tokens between the start and end tokens of one pass through CLIP."""
 
+_LEAST_MEAN = 1e-4
+"""Of states, beside their mean size; published models' lie above 1e-2."""
+
 Weighting = Literal["none", "plain", "mean"]
 """What brackets in a text do. "none": they are text. "plain": each hidden state is multiplied by its token's weight, as
 sd-scripts trains with `--weighted_captions`. "mean": the same, then the mean over all states is put back to what it was
@@ -189,5 +192,8 @@ def _weighted(states: Tensor, weights: Tensor, weighting: Weighting) -> Tensor:
     weighed = states * weights.to(states.dtype)
     if weighting == "mean":
         before, after = (part.float().mean(dim=(1, 2), keepdim=True) for part in (states, weighed))
-        weighed = weighed * (before / after).to(states.dtype)
+        # After a layer norm without a bias of its own the mean is nothing but rounding, which says no ratio.
+        size = weighed.float().abs().mean(dim=(1, 2), keepdim=True)
+        ratio = torch.where(after.abs() > _LEAST_MEAN * size, before / after, 1.0)
+        weighed = weighed * ratio.to(states.dtype)
     return weighed
