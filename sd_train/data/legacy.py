@@ -82,8 +82,7 @@ def metadata_source(train: Path | None, reg: Path | None, in_json: Path) -> Fold
     subset = {"metadata_file": str(in_json)} | ({} if train is None else {"image_dir": str(train)})
     warnings = () if reg is None else (
         f"--reg_data_dir = '{reg}': has no effect: with --in_json there are no regularisation images",)
-    place = "--in_json" if train is None else "--train_data_dir"
-    return FolderSource(in_json, {"datasets": [{"subsets": [subset]}]}, (place,), ("--in_json",), warnings)
+    return FolderSource(in_json, {"datasets": [{"subsets": [subset]}]}, ("--in_json",), ("--in_json",), warnings)
 
 
 def _named_folders(flag: str, parent: Path, problems: Problems, warnings: list[str]) -> list[NamedFolder]:
