@@ -40,6 +40,8 @@ def plan_warnings(prepared: Prepared) -> list[str]:
             f"accelerate was told mixed precision {launched}; as in sd-scripts only --mixed_precision counts, "
             f"which is {config.training.mixed_precision}"
         )
+    if prepared.kind is not None and prepared.kind.family.startswith("sdxl") and config.model.clip_skip == 1:
+        warnings.append("--clip_skip = 1 has no effect: SDXL takes the last layer but one, as with 2")
     spec = find_optimizer(config.optimizer.optimizer_type)
     if spec.adapts_rate and plan.rates and max(plan.rates.values()) <= 0.1:
         warnings.append(f"{spec.name} estimates the rate itself and multiplies it with yours; 1.0 is recommended")

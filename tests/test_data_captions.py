@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sd_train.data.captions import (
+    caption_of,
     caption_variants,
     needs_variants,
     process_caption,
-    read_caption,
     sample_caption,
 )
 from sd_train.data.record import ImageRecord
+from sd_train.data.scan import FolderScan, scan_folder
 from sd_train.data.settings import SubsetConfig
-from sd_train.errors import DataError
 
 
 def subset(**options: Any) -> SubsetConfig:
@@ -77,16 +78,19 @@ def test_a_sample_depends_on_its_name_alone() -> None:
 
 
 def test_caption_files_of_windows_and_broken_ones(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     path = tmp_path / "a.txt"
+
+    def scanned() -> FolderScan:
+        return scan_folder(tmp_path, ".txt", None)
+
     path.write_bytes(b"\xef\xbb\xbfred, blue\r\nsecond\r\n")
-    assert read_caption(path, False) == "red, blue"
-    assert read_caption(path, True) == "red, blue\nsecond"
+    assert caption_of(scanned().texts[0], False) == "red, blue"
+    assert caption_of(scanned().texts[0], True) == "red, blue\nsecond"
     path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.txt: the caption file is empty"):
-        read_caption(path, False)
+    assert re.search(r"a\.txt: the caption file is empty", scanned().caption_problems[0])
     path.write_bytes("für".encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.txt: byte 1 is not UTF-8"):
-        read_caption(path, False)
+    assert re.search(r"a\.txt: byte 1 is not UTF-8", scanned().caption_problems[0])
 
 
 TEXTS = st.text(alphabet="ab,|{} ;\n", max_size=24)

@@ -18,7 +18,7 @@ from PIL import Image, features
 
 from sd_train.data import resize
 from sd_train.data.augment import ColourChange, Face, change_colour, face_in_name, place_on_face
-from sd_train.data.images import View, centred_view, decode, load_mask, load_pixels, prepare, sample_view, view_geometry
+from sd_train.data.images import View, centred_view, decode, load_mask, prepare, sample_view, view_geometry
 from sd_train.data.images import view_mask as mask_of
 from sd_train.data.record import ImageRecord
 from sd_train.data.resize import cut_out, too_large
@@ -109,7 +109,7 @@ def test_upright_by_exif(tmp_path: Path, name: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / name, exif=exif, quality=100)
-    loaded = load_pixels(tmp_path / name).astype(int)
+    loaded = decode(tmp_path / name).pixels.astype(int)
     assert loaded.shape == seen.shape
     assert np.abs(loaded - seen).max() < 8
     assert np.array_equal(load_mask(tmp_path / name), loaded[:, :, 0])
@@ -127,14 +127,14 @@ def test_transparency_is_white_and_kept(tmp_path: Path) -> None:
     hidden.convert("RGB").convert("RGBA").save(tmp_path / "opaque.png")
     assert decode(tmp_path / "opaque.png").alpha is None
     Image.new("LA", (4, 4), (10, 0)).save(tmp_path / "la.png")
-    assert load_pixels(tmp_path / "la.png")[0, 0].tolist() == [255, 255, 255]
+    assert decode(tmp_path / "la.png").pixels[0, 0].tolist() == [255, 255, 255]
     assert load_mask(tmp_path / "la.png")[0, 0] == 10
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([9, 9, 9, 200, 0, 0])
     palette.save(tmp_path / "palette.png")
-    assert load_pixels(tmp_path / "palette.png")[0, 0].tolist() == [200, 0, 0]
+    assert decode(tmp_path / "palette.png").pixels[0, 0].tolist() == [200, 0, 0]
     palette.save(tmp_path / "clear.png", transparency=1)
-    assert load_pixels(tmp_path / "clear.png")[0, 0].tolist() == [255, 255, 255]
+    assert decode(tmp_path / "clear.png").pixels[0, 0].tolist() == [255, 255, 255]
     assert load_mask(tmp_path / "clear.png")[0, 0] == 200
     keyed = decode(png(tmp_path / "keyed.png", 8, 2, bytes([1, 2, 3, 4, 5, 6] * 2), words(1, 2, 3)))
     assert keyed.pixels[0, :2].tolist() == [[255, 255, 255], [4, 5, 6]]
@@ -143,25 +143,25 @@ def test_transparency_is_white_and_kept(tmp_path: Path) -> None:
 
 def test_depths(tmp_path: Path) -> None:
     deep = png(tmp_path / "grey.png", 16, 0, words(0x8040, 0, 0xFFFF, 0x1234))
-    assert load_pixels(deep)[0].tolist() == [[level] * 3 for level in (0x80, 0, 0xFF, 0x12)]
+    assert decode(deep).pixels[0].tolist() == [[level] * 3 for level in (0x80, 0, 0xFF, 0x12)]
     assert load_mask(deep)[0].tolist() == [0x80, 0, 0xFF, 0x12]
     keyed = decode(png(tmp_path / "keyed.png", 16, 0, words(0x8040, 0, 0x8041, 0), words(0x8040)))
     assert keyed.pixels[0, :, 0].tolist() == [255, 0, 0x80, 0]
     assert keyed.alpha is not None
     assert keyed.alpha[0].tolist() == [0, 255, 255, 255]
     colour = png(tmp_path / "colour.png", 16, 2, words(0x8040, 0x1000, 0xFFFF) * 4)
-    assert load_pixels(colour)[0, 0].tolist() == [0x80, 0x10, 0xFF]
+    assert decode(colour).pixels[0, 0].tolist() == [0x80, 0x10, 0xFF]
     assert decode(png(tmp_path / "both.png", 16, 6, words(0, 0, 0, 0x8000) * 4)).pixels[0, 0].tolist() == [127] * 3
-    assert load_pixels(png(tmp_path / "bits.png", 1, 0, b"\x50"))[0, :, 0].tolist() == [0, 255, 0, 255]
+    assert decode(png(tmp_path / "bits.png", 1, 0, b"\x50")).pixels[0, :, 0].tolist() == [0, 255, 0, 255]
     Image.new("CMYK", (4, 4)).save(tmp_path / "print.jpg")
-    assert load_pixels(tmp_path / "print.jpg")[0, 0].tolist() == [255, 255, 255]
+    assert decode(tmp_path / "print.jpg").pixels[0, 0].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize("name", ["A.PNG", "a.WebP", "b.gif"])
 def test_first_picture_of_an_animation(tmp_path: Path, name: str) -> None:
     first, second = (Image.new("RGB", (16, 8), colour) for colour in ("red", "blue"))
     first.save(tmp_path / name, save_all=True, append_images=[second], lossless=True)
-    assert load_pixels(tmp_path / name)[0, 0].tolist() == [255, 0, 0]
+    assert decode(tmp_path / name).pixels[0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp", "a.bmp", "a.avif"])
@@ -170,15 +170,15 @@ def test_broken_file_is_named(tmp_path: Path, name: str) -> None:
         pytest.skip("this Pillow is built without AVIF")
     path = save(tmp_path / name, NOISE)
     whole = path.read_bytes()
-    assert load_pixels(path).shape == NOISE.shape
+    assert decode(path).pixels.shape == NOISE.shape
     # Behind a PNG's last pixel are 20 bytes of checksums and end mark.
     for length in (0, 11, 40, 700, len(whole) // 2, len(whole) - 25):
         path.write_bytes(whole[:length])
-        for read in (load_pixels, load_mask):
+        for read in (decode, load_mask):
             with pytest.raises(DataError, match=name):
                 read(path)
     with pytest.raises(DataError, match=r"gone\.png"):
-        load_pixels(tmp_path / "gone.png")
+        decode(tmp_path / "gone.png")
 
 
 def test_flip_and_crop_are_in_the_geometry(tmp_path: Path) -> None:

@@ -313,3 +313,8 @@ def test_merged_tensors_keep_dtype_and_the_rest(tmp_path: Path) -> None:
 def _tensors(kind: TinyKind) -> dict[str, Tensor]:
     source = networks(kind)["unet"]
     return {name: source.read(name) for name in source.names()}
+
+
+def test_the_readme_has_this_table() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert render_table().strip() in readme

@@ -15,7 +15,7 @@ from sd_train.families.saving import save_model
 from sd_train.lora_files.adapter import delta
 from sd_train.lora_files.reading import open_lora
 from tests.models import tiny_parts, write_file, write_folder
-from tests.runs import differences, largest_difference, metadata, train, words, write_dataset
+from tests.runs import PHOTOS, differences, largest_difference, metadata, train, words, write_dataset
 
 CACHED = "--max_train_steps 3 --cache_latents --cache_text_encoder_outputs --network_train_unet_only"
 
@@ -136,6 +136,12 @@ def test_sdxl_has_its_own_name_and_bucket_steps(
     arguments = words(model, dataset, tmp_path / "out", "--max_train_steps 1")
     assert main(["plan", "train_network", *arguments]) == 0
     assert "bucket 96x" in capsys.readouterr().out
+    assert main(["plan", "sdxl_train_network", *arguments, "--clip_skip", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "bucket 96x" in printed.out
+    assert "--clip_skip = 1 has no effect" in printed.err
+    photo = sorted(PHOTOS.glob("*.jpg"))[0].name
+    assert main(["explain", photo, "sdxl_train_network", *arguments]) == 0
     assert main(["sdxl_train_network", *arguments, "--v2"]) == 3
     assert main(["sdxl_train_network", *arguments, "--network_train_unet_only"]) == 0
     with safe_open(tmp_path / "out" / "lora.safetensors", "pt") as file:

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_LIKE_FILES = (".safetensor", ".safetensors.", ".sft", ".bin", ".pth", ".ckp", ".onnx", ".gguf", ".zip")
+_LIKE_FILES = (".safetensor", ".sft", ".bin", ".pth", ".ckp", ".onnx", ".gguf", ".zip")
 
 
 def _form(target: Path, asked: str | None) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from sd_train.errors import ConfigError
 
@@ -12,14 +13,17 @@ USAGE = """usage: sd-train plan COMMAND [--json] [OPTIONS OF THE COMMAND]
 Say what `sd-train COMMAND OPTIONS` would do, without loading the model and without training: datasets, images,
 repeats, buckets and what they cut off, batches and updates, saves with their sizes, sample pictures, disk, warnings.
 
-  COMMAND   train_network
+  COMMAND   train_network, sdxl_train_network
   --json    print everything, image by image, as JSON
 
 For instance: sd-train plan train_network --config_file run.toml
 
 For several processes, ask as they are started: torchrun --nproc_per_node 2 -m sd_train plan train_network ..."""
 
-TRAINING_COMMANDS = ("train_network",)
+TRAINING_COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"train_network": (), "sdxl_train_network": ("--sdxl",)}
+)
+"""What each command gives to `train_network`."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,11 +38,11 @@ def main(argv: Sequence[str]) -> int:
         return 0 if words else 2
     if words[0] not in TRAINING_COMMANDS:
         raise ConfigError(
-            f"plan: {words[0]!r} is no training command; write sd-train plan {TRAINING_COMMANDS[0]} and its options"
+            f"plan: {words[0]!r} is no training command; write sd-train plan train_network and its options"
         )
     from sd_train.entry import load_config
 
-    config = load_config(words[0], words[1:])
+    config = load_config("train_network", [*TRAINING_COMMANDS[words[0]], *words[1:]])
     from sd_train.plan import prepare
     from sd_train.plan_report import describe, describe_outputs, disk_warnings, plan_json
     from sd_train.plan_warnings import plan_warnings

@@ -14,12 +14,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
-from sd_train.config.textfile import read_text
 from sd_train.data.record import ImageRecord
 from sd_train.data.settings import SubsetConfig
-from sd_train.errors import DataError
 from sd_train.randomness import derive, stream
 
 TEXT_EXTENSIONS = (".txt", ".caption", ".captions", ".tags", ".cap")
@@ -38,18 +35,6 @@ def caption_name(image: str, extension: str, names: Collection[str]) -> str | No
     parts = stem.split("_")
     stems = [stem] if len(parts) < 5 else [stem, "_".join(parts[:-4])]
     return next((name for name in (stem + extension for stem in stems) if os.path.normcase(name) in names), None)
-
-
-def read_caption(path: Path, enable_wildcard: bool) -> str:
-    """The caption in `path`, as `caption_of` takes it from the text.
-
-    Raises:
-        DataError: if the file is empty, not UTF-8 or cannot be read.
-    """
-    text = read_text(path, DataError)
-    if not text:
-        raise DataError(f"{path}: the caption file is empty; write the caption, or one blank line for no caption")
-    return caption_of(text, enable_wildcard)
 
 
 def caption_of(text: str, enable_wildcard: bool) -> str:

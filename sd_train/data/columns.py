@@ -116,8 +116,6 @@ class TextColumn(Sequence[str]):
             return np.array_equal(self.ends, other.ends) and np.array_equal(self.data, other.data)
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"TextColumn({list(self[:3])}{', ...' if len(self) > 3 else ''})"
 

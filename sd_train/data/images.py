@@ -96,11 +96,6 @@ def decode(path: Path) -> Decoded:
         return Decoded(np.asarray(composed, dtype=np.uint8), None if alpha.min() == 255 else alpha)
 
 
-def load_pixels(path: Path) -> Pixels:
-    """The pixels of `decode`."""
-    return decode(path).pixels
-
-
 def load_mask(path: Path) -> Pixels:
     """The mask file `path` as one channel [height, width], upright: its red channel, whatever its transparency.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -28,7 +29,7 @@ LONGEST_PROMPT = 3
 """Chunks that a preview's prompt may have, whatever the training uses (sd-scripts: 225 tokens)."""
 
 
-class LatentDiffusion:
+class LatentDiffusion(ABC):
     """A loaded model; every network is frozen and in evaluation mode.
 
     `networks` holds the U-Net and the text encoders: "unet", "text_encoder", "text_encoder_2".
@@ -75,9 +76,9 @@ class LatentDiffusion:
         self.latent = LatentSpec(config["latent_channels"], factor, config["scaling_factor"])
         self.options = TextOptions()
 
+    @abstractmethod
     def _text_encoder(self, role: str, network: Any) -> TextEncoder:
         """The text encoder `role` with its tokenizer and rules."""
-        raise NotImplementedError
 
     def configure(self, options: TextOptions) -> None:
         """How captions are encoded from now on.
@@ -253,9 +254,9 @@ class LatentDiffusion:
         own = [encoder.tokenizer.added_words for encoder in self.text_encoders.values()]
         return f"{weights} {settings}" + (f" words {own}" if any(own) else "")
 
+    @abstractmethod
     def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
         """diffusers' pipeline around our modules; it is given prompt embeddings, so it needs no text encoder."""
-        raise NotImplementedError
 
 
 def guidance_embedding(w: Tensor, width: int) -> Tensor:
