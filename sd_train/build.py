@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from sd_train.build_caches import fill_caches
+from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
 from sd_train.checkpoint import Checkpoint, Intervals, diffusers_lora, save_own
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
 from sd_train.device import DTYPES, Updater
-from sd_train.errors import DataError, ImageError, ModelError, RunError
+from sd_train.errors import DataError, ImageError, ModelError, RunError, UserError
 from sd_train.families.base import Family
 from sd_train.families.registry import load_family
 from sd_train.families.sources import open_file, read_all
@@ -26,16 +28,19 @@ from sd_train.loop import Training, train
 from sd_train.lora_files.writing import to_kohya
 from sd_train.metadata import RunFacts, build_metadata, describe_base
 from sd_train.objectives.denoise import Denoise
+from sd_train.optim.inference import InferenceWeights
 from sd_train.optim.optimizers import make_optimizer
-from sd_train.optim.schedules import make_schedule
+from sd_train.optim.schedules import ScheduleOptions, make_schedule
 from sd_train.plan import Prepared, plan_fingerprint, prepare
-from sd_train.plan_data import draw_function, model_request, text_options, written_folders
+from sd_train.plan_data import draw_function, draw_settings, model_request, text_options, written_folders
+from sd_train.plan_optimizer import eight_bit_state
 from sd_train.plan_report import describe, disk_warnings
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line, warn_line
 from sd_train.state import Extra, StateParts, load_state
 from sd_train.trainables.lora import Lora, LoraSettings, describe_network, without_roles
+from sd_train.uploads import Uploader
 
 DEFAULT_RANK = 4
 
@@ -88,13 +93,14 @@ def run(config: RunConfig) -> int:
 
 
 def _probe_folders(prepared: Prepared) -> None:
-    """Raise before the model is loaded if a folder cannot be written to, in all processes."""
-    refused: RunError | None = None
+    """Raise before the model is loaded if a folder or the hub cannot be written to, in all processes."""
+    refused: UserError | None = None
     if prepared.device.is_main:
         try:
             for folder, option in written_folders(prepared.config).items():
                 probe_folder(folder, option)
-        except RunError as problem:
+            open_hub(prepared.config, warn_line)
+        except UserError as problem:
             refused = problem
     # All must also have looked at the output folder before the first one writes there.
     if prepared.device.any(refused is not None):
@@ -188,7 +194,7 @@ def _network_weights(path: Path, family: str) -> dict[str, Tensor]:
 
 def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str], None]) -> int:
     config, device, progress, plan = prepared.config, prepared.device, prepared.progress, prepared.plan
-    schedule = make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, plan.total_steps)
+    schedule = make_schedule(ScheduleOptions.of(config.optimizer, plan.rates), plan.total_steps)
     family, digest = _load_family(prepared)
     lora = _make_lora(prepared, family)
     groups = lora.groups()
@@ -206,19 +212,17 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
         f"model: {config.model.pretrained_model_name_or_path} ({family.base_version}, predicts {predicts}); "
         f"{_count(lora)}"
     )
+    if (state := eight_bit_state(config, [parameter.numel() for parameter in params])) is not None:
+        say(state)
     assert family.latent is not None
-    prepared.updates.draw = draw_function(progress.seed, family.latent, family.schedule.steps)
-    report = Report(
-        logging_dir=config.logging.logging_dir,
-        log_prefix=config.logging.log_prefix,
-        total_steps=plan.total_steps,
-        start_step=progress.step,
-        is_main=device.is_main,
-    )
+    prepared.updates.draw = draw_function(draw_settings(config, progress.seed), family.latent)
+    text = dump_toml(repeatable(config, progress.seed))
+    report = make_report(prepared, text)
+    uploader = make_uploader(prepared, report.message)
     extras: dict[str, Extra] = {"report": (report.state, report.load)}
     if updater.scaler is not None:
         extras["scaler"] = (updater.scaler.state, updater.scaler.load)
-    parts = StateParts(lora, groups, optimizer, extras, dump_toml(repeatable(config, progress.seed)), digest)
+    parts = StateParts(lora, groups, optimizer, extras, text, digest)
     if prepared.resume is not None:
         resumed = load_state(prepared.resume, parts)
         progress = resumed.progress
@@ -232,18 +236,18 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
             )
     progress.extra["data"] = plan_fingerprint(prepared)
     fill_caches(prepared, family)
-    checkpoint = _make_checkpoint(prepared, family, parts, report)
-    preview = _make_preview(prepared, family, lora, report) if prepared.prompts else None
+    checkpoint = _make_checkpoint(prepared, family, parts, report, uploader)
+    preview = _make_preview(prepared, family, parts, report) if prepared.prompts else None
     if device.is_main:
         if config.saving.overwrite and prepared.resume is None:
             prepared.names.remove_existing()
         write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
     objective = Denoise(family, lora, device)
     agree = device.any if device.world > 1 else None
-    with report, Guard(agree) as guard:
+    with uploader or nullcontext(), report, Guard(agree) as guard:
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, lora, groups, schedule, updater, report,
-            preview, checkpoint, guard,
+            preview, checkpoint, guard, make_norms(config, groups, report),
         )  # fmt: skip
         try:
             train(training)
@@ -258,7 +262,7 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
 
 
 def _make_checkpoint(
-    prepared: Prepared, family: Family, parts: StateParts, report: Report
+    prepared: Prepared, family: Family, parts: StateParts, report: Report, uploader: Uploader | None
 ) -> Checkpoint:
     config, is_main = prepared.config, prepared.device.is_main
     base = describe_base(Path(config.model.pretrained_model_name_or_path)) if is_main else {}
@@ -278,10 +282,11 @@ def _make_checkpoint(
         save_own if config.network.output_lora_format == "kohya" else diffusers_lora(
             family.name, DTYPES[saving.save_precision or "float"]
         ),
+        None if uploader is None else uploader.saved,
     )
 
 
-def _make_preview(prepared: Prepared, family: Family, lora: Lora, report: Report) -> Preview:
+def _make_preview(prepared: Prepared, family: Family, parts: StateParts, report: Report) -> Preview:
     config, device = prepared.config, prepared.device
     return Preview(
         family=family,
@@ -292,7 +297,7 @@ def _make_preview(prepared: Prepared, family: Family, lora: Lora, report: Report
         every_n_steps=config.sampling.sample_every_n_steps,
         every_n_epochs=config.sampling.sample_every_n_epochs,
         at_first=config.sampling.sample_at_first,
-        weights=lora,
+        weights=InferenceWeights(parts.trainable, parts.optimizer),
         report=report,
         seed=prepared.progress.seed,
         is_main=device.is_main,

@@ -12,7 +12,7 @@ from sd_train.data.cache import DiskCache, FillOptions, MemoryCache
 from sd_train.data.store import RowStore, default_cache_dir
 from sd_train.data.texts import DiskTexts, MemoryTexts, TextFill, all_captions
 from sd_train.device import Device
-from sd_train.diffusion.schedule import fixed_latent_noise
+from sd_train.diffusion.draws import fixed_latent_noise
 from sd_train.errors import RunError, UserError
 from sd_train.families.base import Family
 from sd_train.plan import Prepared

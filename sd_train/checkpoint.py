@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from sd_train.errors import RunError
 from sd_train.files import write_tensors
 from sd_train.lora_files.writing import to_diffusers
 from sd_train.names import FileNames
+from sd_train.optim.inference import InferenceWeights
 from sd_train.report import Report
 from sd_train.state import StateParts, save_state
 from sd_train.trainables.base import Trainable
@@ -72,6 +73,8 @@ class Checkpoint:
     is_main: bool
     export: Export = save_own
     """How the model file is written."""
+    saved: Callable[[Sequence[Path]], None] | None = None
+    """Told of the files and folders of each save, as uploads are."""
 
     def __call__(self, progress: Progress) -> None:
         """Save where it is due."""
@@ -89,11 +92,14 @@ class Checkpoint:
                 "and use a lower learning rate"
             )
         with self.report.untimed():
-            with self.parts.trainable.for_inference():
+            with InferenceWeights(self.parts.trainable, self.parts.optimizer).for_inference():
                 self.export(self.parts.trainable, path, self.metadata(progress))
             if state:
                 save_state(self.names.state(stem), progress, self.parts)
         self.report.message(f"saved {path}" + (f" and {self.names.state(stem)}" if state else ""))
+        if self.saved is not None:
+            with self.report.untimed():
+                self.saved([path, self.names.state(stem)] if state else [path])
 
     def finish(self, progress: Progress) -> None:
         """The final file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from sd_train.errors import ConfigError, RunError
+from sd_train.optim.optimizers import rate_figures
 
 Precision = Literal["no", "fp16", "bf16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -157,10 +158,7 @@ class Updater:
     def figures(self) -> dict[str, float | Tensor]:
         """What is worth logging: the step size that the optimizer estimated; with fp16 the scale of the gradients, and
         how many updates of this run were skipped because they overflowed."""
-        figures: dict[str, float | Tensor] = {}
-        for place, group in enumerate(self.optimizer.param_groups):
-            if "d" in group:
-                figures[f"lr/d*lr/group{place}"] = group["d"] * group["lr"]
+        figures = rate_figures(self.optimizer)
         if self.scaler is not None:
             figures["grad_scale"] = self.scaler.scale
             figures["skipped_updates"] = self.skipped
@@ -173,8 +171,11 @@ class Updater:
         scaled = loss if self.scaler is None else loss * self.scaler.scale
         torch.autograd.backward(scaled)
 
-    def step(self) -> Tensor:
-        """Take one optimizer step; returns the gradients' norm before clipping, on the device."""
+    def step(self, look: Callable[[], None] | None = None) -> Tensor:
+        """Take one optimizer step; returns the gradients' norm before clipping, on the device.
+
+        `look` is called when the gradients are those of the whole update and not yet clipped.
+        """
         if self.device.world > 1:
             reduce_gradients(self.params)
         if not self.params:
@@ -182,6 +183,8 @@ class Updater:
         gradients = [parameter.grad for parameter in self.params if parameter.grad is not None]
         if self.scaler is not None:
             torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
+        if look is not None:
+            look()
         norm = nn.utils.get_total_norm(gradients, foreach=True if self.device.device.type != "mps" else None)
         # In fp16 an overflow must be known before the step, which is the only wait of the host inside an update.
         finite = self.scaler is None or bool(torch.isfinite(norm))

@@ -14,6 +14,7 @@ from sd_train.objectives.base import Objective
 from sd_train.optim.schedules import Schedule
 from sd_train.preview import Preview
 from sd_train.report import Report
+from sd_train.report_norms import Norms
 from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.types import Progress
 
@@ -35,6 +36,7 @@ class Training:
     preview: Preview | None
     checkpoint: Checkpoint
     guard: Guard
+    norms: Norms | None = None
 
 
 def train(run: Training) -> bool:
@@ -51,7 +53,8 @@ def train(run: Training) -> bool:
             losses = run.objective.loss(batch)
             updater.backward(losses.sum() / update.samples)
             loss += losses.detach().sum() / update.samples
-        norm = updater.step()
+        norms = run.norms if run.norms is not None and run.norms.due(progress.step + 1) else None
+        norm = updater.step(None if norms is None else norms.take_gradients)
         run.trainable.after_step()
         run.objective.after_step()
         progress.advance(update)
@@ -62,7 +65,7 @@ def train(run: Training) -> bool:
             loss=updater.device.sum(loss),
             rates={group.name: group.lr * factor for group in run.groups},
             grad_norm=norm,
-            extra=updater.figures(),
+            extra=updater.figures() | ({} if norms is None else norms.figures()),
         )
         run.report.check()
         if run.preview is not None:

@@ -22,13 +22,15 @@ from sd_train.families.parts import ModelKind
 from sd_train.families.registry import check_model
 from sd_train.metadata import now
 from sd_train.names import FileNames
-from sd_train.optim.optimizers import check_arguments, check_optimizer, check_rates
-from sd_train.optim.schedules import check_schedule, make_schedule
+from sd_train.optim.optimizers import check_arguments, check_optimizer, shared_rates
+from sd_train.optim.schedules import ScheduleOptions, check_schedule, check_schedule_values, make_schedule
+from sd_train.optim.settle import settle
 from sd_train.plan_data import check_caption_cache, make_updates, model_request, read_datasets
+from sd_train.plan_outputs import resumed_state, wandb_run
 from sd_train.prompts import SD_SCRIPTS_DEFAULTS, Prompt, load_prompts
 from sd_train.randomness import derive
 from sd_train.report import warn_line
-from sd_train.state import find_state, read_progress
+from sd_train.state import read_progress
 from sd_train.types import Progress
 
 T = TypeVar("T")
@@ -96,7 +98,8 @@ def make_plan(
             f"{datasets[0].origin}: no batch is complete by the end of the training; raise num_repeats or "
             "max_train_epochs, or use another bucket_policy than carry"
         )
-    schedule = make_schedule(config.optimizer.lr_scheduler, config.optimizer.lr_warmup_steps, total)
+    rates = {role: rate for role, rate in learning_rates(config).items() if kind is None or role in kind.configs}
+    schedule = make_schedule(ScheduleOptions.of(config.optimizer, rates), total)
     return Plan(
         datasets=datasets,
         indexes=tuple(updates.indexes),
@@ -107,7 +110,7 @@ def make_plan(
         total_steps=total,
         epochs=updates.epoch_of(total - 1)[0] + 1,
         warmup_steps=schedule.warmup_steps,
-        rates={role: rate for role, rate in learning_rates(config).items() if kind is None or role in kind.configs},
+        rates=dict(zip(rates, shared_rates(config.optimizer.optimizer_type, list(rates.values())), strict=True)),
         samples_per_epoch=sum(int(updates.order.counts(number, 0).sum()) for number in range(len(updates.indexes))),
         filled=updates.order.filled_in(0),
         carried=updates.order.carried_after(0),
@@ -155,6 +158,8 @@ class Prepared:
     updates: Updates
     plan: Plan
     prompts: tuple[Prompt, ...]
+    notes: tuple[str, ...] = ()
+    """What the optimizer makes of options, where that may not be expected."""
 
 
 def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
@@ -165,19 +170,22 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     Raises:
         UserError: with all problems and the ways out.
     """
-    checks = Checks()
+    checks, notes = Checks(), tuple[str, ...]()
     names = FileNames(config.saving.output_dir, config.saving.output_name)
     if checks(lambda: _check_name(config, "optimizer_type", check_optimizer(config.optimizer.optimizer_type))):
+        settled = checks(lambda: settle(config, learning_rates(config)))
+        config, notes = (settled.config, settled.notes) if settled is not None else (config, ())
         checks(lambda: check_arguments(config.optimizer.optimizer_type, config.optimizer.optimizer_args))
-        checks(lambda: check_rates(config.optimizer.optimizer_type, learning_rates(config)))
-    checks(lambda: _check_name(config, "lr_scheduler", check_schedule(config.optimizer.lr_scheduler)))
+    if checks(lambda: _check_name(config, "lr_scheduler", check_schedule(config.optimizer.lr_scheduler))):
+        checks(lambda: check_schedule_values(ScheduleOptions.of(config.optimizer, learning_rates(config))))
     checks(now)
     debug = config.dataset.debug_dataset
     kind = _kind_if_known(config) if debug else checks(lambda: check_model(model_request(config)))
     prompts = checks(lambda: _prompts(config, kind))
     device = checks(lambda: open_device(config.training.mixed_precision))
     warn = warn_line if device is not None and device.is_main else _silent
-    resume = checks(lambda: find_state(config.saving.resume, names, warn) if config.saving.resume else None)
+    resume = checks(lambda: resumed_state(config, names, warn))
+    checks(lambda: wandb_run(config, _silent))
     refused = bool(config.saving.resume) and resume is None
     own_state = resume is not None and resume.resolve() in {path.resolve() for path in names.states()}
     if trains and not refused and not own_state and not config.saving.overwrite and not config.dataset.debug_dataset:
@@ -195,7 +203,7 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     plan = make_plan(config, kind, datasets, indexes.validation, updates)
     checks(lambda: _refuse_finished(progress, plan, resume))
     checks.raise_any()
-    return Prepared(config, kind, device, progress, resume, names, updates, plan, prompts or ())
+    return Prepared(config, kind, device, progress, resume, names, updates, plan, prompts or (), notes)
 
 
 def _kind_if_known(config: RunConfig) -> ModelKind | None:

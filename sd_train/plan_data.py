@@ -15,7 +15,9 @@ from sd_train.data.request import dataset_request
 from sd_train.data.settings import DatasetConfig
 from sd_train.data.store import default_cache_dir
 from sd_train.device import Device
-from sd_train.diffusion.schedule import TIMESTEPS, Draws, draw
+from sd_train.diffusion.draws import Draws, DrawSettings, draw
+from sd_train.diffusion.noise import NoiseSettings
+from sd_train.diffusion.timesteps import TimestepSettings
 from sd_train.errors import ConfigError
 from sd_train.families.parts import ModelKind, ModelRequest
 from sd_train.families.registry import PUBLISHED_LATENT
@@ -95,15 +97,39 @@ def make_updates(config: RunConfig, indexes: Indexes, seed: int, device: Device)
         caption_variants=config.dataset.cache_caption_variants if caches_texts(config) else None,
     )
     # The shape of the published models' latents; the loaded model's own takes its place.
-    drawn = draw_function(seed, PUBLISHED_LATENT, TIMESTEPS)
+    drawn = draw_function(draw_settings(config, seed), PUBLISHED_LATENT)
     return Updates(indexes.training, settings, drawn)
 
 
-def draw_function(seed: int, latent: LatentSpec, timesteps: int) -> Draw:
-    """Draws noise for latents of `latent`, and timesteps below `timesteps`."""
+def draw_settings(config: RunConfig, seed: int) -> DrawSettings:
+    """What is drawn for each sample."""
+    noise = config.noise
+    return DrawSettings(
+        seed=seed,
+        noise=NoiseSettings(
+            offset=noise.noise_offset or 0.0,
+            offset_random=noise.noise_offset_random_strength,
+            adaptive=noise.adaptive_noise_scale or 0.0,
+            pyramid_levels=noise.multires_noise_iterations or 0,
+            pyramid_discount=noise.multires_noise_discount,
+            perturbation=noise.ip_noise_gamma or 0.0,
+            perturbation_random=noise.ip_noise_gamma_random_strength,
+        ),
+        timesteps=TimestepSettings(
+            low=noise.min_timestep or 0,
+            high=noise.max_timestep,
+            sampling=noise.timestep_sampling,
+            mean=noise.logit_mean,
+            std=noise.logit_std,
+        ),
+    )
+
+
+def draw_function(settings: DrawSettings, latent: LatentSpec) -> Draw:
+    """Draws what is random about samples with latents of `latent`."""
 
     def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
-        return draw(seed, step, places, latent.shape(width, height), timesteps)
+        return draw(settings, step, places, latent.shape(width, height))
 
     return drawn
 

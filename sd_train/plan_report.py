@@ -23,6 +23,7 @@ from sd_train.families.sizes import lora_numbers
 from sd_train.files import nearest_folder
 from sd_train.plan import Plan, Prepared
 from sd_train.plan_data import caches_latents, caches_texts, model_request, written_folders
+from sd_train.plan_optimizer import describe_state
 from sd_train.plan_warnings import plan_warnings
 
 _BYTES = {"float": 4, "fp16": 2, "bf16": 2, None: 4}
@@ -239,6 +240,8 @@ def describe_outputs(prepared: Prepared) -> str:
         lines.insert(-1, f"  ... {len(written.saves) - 7} more")
     if prepared.prompts:
         lines.append(f"sample pictures: {written.pictures}, at {len(written.previews)} points of the training")
+    if (state := describe_state(prepared)) is not None:
+        lines.append(state)
     if written.disk_bytes is not None:
         lines.append(f"disk: about {_size(written.disk_bytes)} for models and states")
     if written.cache_bytes:

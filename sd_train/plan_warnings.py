@@ -12,6 +12,7 @@ from sd_train.names import step_of
 from sd_train.optim.optimizers import find_optimizer
 from sd_train.plan import Prepared
 from sd_train.plan_data import unused_fallbacks
+from sd_train.plan_optimizer import idle_eight_bit
 
 
 def plan_warnings(prepared: Prepared) -> list[str]:
@@ -42,6 +43,7 @@ def plan_warnings(prepared: Prepared) -> list[str]:
         )
     if prepared.kind is not None and prepared.kind.family.startswith("sdxl") and config.model.clip_skip == 1:
         warnings.append("--clip_skip = 1 has no effect: SDXL takes the last layer but one, as with 2")
+    warnings += [*prepared.notes, *idle_eight_bit(prepared)]
     spec = find_optimizer(config.optimizer.optimizer_type)
     if spec.adapts_rate and plan.rates and max(plan.rates.values()) <= 0.1:
         warnings.append(f"{spec.name} estimates the rate itself and multiplies it with yours; 1.0 is recommended")

@@ -1,37 +1,39 @@
-"""What a run says while it trains: the progress bar, the lines of a log file, TensorBoard's curves and pictures.
+"""What a run says while it trains: the progress bar or lines, and curves, pictures and texts for its trackers.
 
 Nothing here stops a training: what cannot be written is told once, and the training goes on without it.
 """
 
 from __future__ import annotations
 
-import io
-import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sd_train.errors import RunError
+from sd_train.report_console import Console
+from sd_train.report_trackers import EventFile, Hyperparameter, Picture, Tracker
 
-logger = logging.getLogger(__name__)
-
+OpenTrackers = Callable[[Path | None, str], Sequence[Tracker]]
+"""Opens trackers that write into a folder, if there is one; curves lie in its folder of the given name."""
 UPDATES_READ_TOGETHER = 10
 SECONDS_READ_TOGETHER = 0.5
 """Values stay on their device until so many updates or seconds are waiting; a reading waits for the device."""
-SECONDS_BETWEEN_LINES = 30.0
 UPDATES_NOT_FINITE = 20
 """With fp16 a few in a row are harmless: their updates are skipped."""
-"""Where there is no terminal: a line at least this often, and at every tenth of the training."""
+
+
+def tensorboard(log_dir: Path | None, name: str) -> list[Tracker]:
+    """TensorBoard's event file alone."""
+    return [] if log_dir is None else [EventFile(log_dir / name)]
 
 
 class LossWindow:
@@ -72,128 +74,6 @@ class LossWindow:
         return self.total / len(self.losses) if self.losses else 0.0
 
 
-class EventFile:
-    """A TensorBoard event file that warns once and falls silent when it cannot be written."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file: Any = None
-        with self._harmless():
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.record_writer import RecordWriter
-
-            folder.mkdir(parents=True, exist_ok=True)
-            # Nanoseconds tell two runs of the same second apart.
-            self._file = (folder / f"events.out.tfevents.{time.time_ns()}").open("xb")
-            self._records = RecordWriter(self._file)
-            self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-            self._records.write(self._event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-            self.flush()
-
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        # A full disk, a missing package, a protobuf that does not fit: whatever breaks the log must not end a training
-        # of many hours, so every exception is taken here.
-        try:
-            yield
-        except Exception as problem:
-            logger.warning(
-                "TensorBoard: %s cannot be written (%s: %s); the training goes on without it%s",
-                self.folder,
-                type(problem).__name__,
-                problem,
-                "; pip install tensorboard" if isinstance(problem, ImportError) else "",
-            )
-            self._file = None
-
-    def scalars(self, step: int, wall_time: float, values: Mapping[str, float]) -> None:
-        """One point for each of `values`, at `step`."""
-        if self._file is None:
-            return
-        with self._harmless():
-            points = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-            event = self._event(wall_time=wall_time, step=step, summary=self._summary(value=points))
-            self._records.write(event.SerializeToString())
-
-    def image(self, tag: str, picture: np.ndarray[Any, np.dtype[np.uint8]], step: int) -> None:
-        """One picture, [height, width, 3]."""
-        if self._file is None:
-            return
-        with self._harmless():
-            from PIL import Image
-
-            stored = io.BytesIO()
-            Image.fromarray(picture).save(stored, format="PNG")
-            height, width, channels = picture.shape
-            value = self._summary.Image(
-                height=height, width=width, colorspace=channels, encoded_image_string=stored.getvalue()
-            )
-            summary = self._summary(value=[self._summary.Value(tag=tag, image=value)])
-            self._records.write(self._event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
-
-    def flush(self) -> None:
-        if self._file is not None:
-            with self._harmless():
-                self._file.flush()
-
-    def close(self) -> None:
-        if self._file is not None:
-            with self._harmless():
-                self._file.close()
-            self._file = None
-
-
-class Console:
-    """A progress bar where standard error is a terminal, otherwise a line now and then; messages either way."""
-
-    def __init__(self, total_steps: int, start_step: int, progress: bool) -> None:
-        self._progress = progress
-        self._total = max(total_steps, 1)
-        self._start = self._last_step = start_step
-        self._started = self._last_line = time.monotonic()
-        self._bar: Any = None
-        if progress and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, initial=start_step, desc="steps", dynamic_ncols=True, file=sys.stderr)
-
-    def update(self, step: int, epoch: int, average: float, speed: float) -> None:
-        """`step` updates and `epoch` epochs are done, of late at `speed` images a second."""
-        facts = f"avr_loss={average:.4f}, images/s={speed:.2f}"
-        if self._bar is not None:
-            with self._harmless():
-                self._bar.set_postfix_str(facts, refresh=False)
-                self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        tenth = step * 10 // self._total > self._last_step * 10 // self._total
-        if not self._progress or not (tenth or now - self._last_line >= SECONDS_BETWEEN_LINES):
-            return
-        remaining = (now - self._started) / max(step - self._start, 1) * max(self._total - step, 0)
-        self.write(f"step {step}/{self._total}, {epoch} epochs done: {facts}, {_clock(remaining)} left")
-        self._last_step, self._last_line = step, now
-
-    def write(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        with self._harmless():
-            if self._bar is not None:
-                self._bar.write(text, file=sys.stderr)
-            else:
-                print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            with self._harmless():
-                self._bar.close()
-            self._bar = None
-
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        # The terminal of a long training may be closed; ValueError is Python's word for a closed stream.
-        with suppress(OSError, ValueError):
-            yield
-
-
 @dataclass
 class _Point:
     """One update, its values perhaps still on the device."""
@@ -208,8 +88,8 @@ class _Point:
 class Report:
     """Takes what every update gives and shows it; a context manager.
 
-    `log_dir` is `logging_dir`/`log_prefix`YYYYMMDDHHMMSS as sd-scripts names it; the events lie in its folder
-    `tracker_name`.
+    `log_dir` is `logging_dir`/`log_prefix`YYYYMMDDHHMMSS as sd-scripts names it; each run of a training has its own.
+    The events lie in its folder `tracker_name`.
     """
 
     def __init__(
@@ -222,6 +102,7 @@ class Report:
         console: bool = True,
         is_main: bool = True,
         tracker_name: str = "network_train",
+        open_trackers: OpenTrackers = tensorboard,
     ) -> None:
         self._is_main = is_main
         self._not_finite = 0
@@ -233,10 +114,16 @@ class Report:
         self._clock = self._last_read = time.monotonic()
         self._console = Console(total_steps, start_step, console) if is_main else None
         self.log_dir: Path | None = None
-        self._events: EventFile | None = None
         if logging_dir is not None and is_main:
             self.log_dir = Path(logging_dir) / f"{log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
-            self._events = EventFile(self.log_dir / tracker_name)
+        self._trackers = tuple(open_trackers(self.log_dir, tracker_name)) if is_main else ()
+        self._finals: dict[str, float] = {}
+        self._failed = False
+
+    @property
+    def tracks(self) -> bool:
+        """Whether anyone takes curves."""
+        return bool(self._trackers)
 
     def __enter__(self) -> Report:
         self._clock = self._last_read = time.monotonic()
@@ -245,9 +132,17 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._failed = problem is not None
         # What broke the training may also keep the device from being read; the first error is the one to show.
         with suppress(RuntimeError) if problem is not None else nullcontext():
             self.close()
+
+    def describe(self, config_text: str, hyperparameters: Mapping[str, Hyperparameter]) -> None:
+        """Show the resolved configuration, and what the run is compared by; once, before the first update."""
+        for tracker in self._trackers:
+            tracker.text("config", config_text)
+            tracker.hyperparameters(hyperparameters)
+            tracker.flush()
 
     def update(
         self,
@@ -295,13 +190,13 @@ class Report:
             values = {"loss/average": self._window.add(float(point.values["loss/current"])), **point.values}
             if point is points[-1]:
                 values["samples_per_second"] = speed
-            self._scalars(point.step, point.wall_time, values)
+            self._scalars(point.step, point.wall_time, {tag: float(value) for tag, value in values.items()})
             before, self._epoch = self._epoch, point.epoch
             if before is not None and point.epoch > before:
                 average = self._window.end_epoch()
-                self._scalars(point.epoch, point.wall_time, {"loss/epoch_average": average})
-        if self._events is not None:
-            self._events.flush()
+                self._scalars(point.step, point.wall_time, {"loss/epoch_average": average}, point.epoch)
+        for tracker in self._trackers:
+            tracker.flush()
         if self._console is not None:
             self._console.update(points[-1].step, points[-1].epoch, self._window.average, speed)
 
@@ -317,9 +212,10 @@ class Report:
                 "go back to an earlier save and use a lower learning rate"
             )
 
-    def _scalars(self, step: int, wall_time: float, values: Mapping[str, float | Tensor]) -> None:
-        if self._events is not None:
-            self._events.scalars(step, wall_time, {name: float(value) for name, value in values.items()})
+    def _scalars(self, step: int, wall_time: float, values: Mapping[str, float], epoch: int | None = None) -> None:
+        self._finals |= {tag: value for tag, value in values.items() if tag.startswith("loss/")}
+        for tracker in self._trackers:
+            tracker.scalars(step, wall_time, values, epoch)
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -331,11 +227,16 @@ class Report:
         finally:
             self._clock += time.monotonic() - started
 
-    def image(self, tag: str, picture: np.ndarray[Any, np.dtype[np.uint8]], step: int) -> None:
-        """Show a picture, [height, width, 3], in TensorBoard."""
-        if self._events is not None:
-            self._events.image(tag, picture, step)
-            self._events.flush()
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Points of curves that do not come with every update, such as a validation's; `step` updates are done."""
+        self.flush()
+        self._scalars(step, time.time(), values)
+
+    def image(self, tag: str, picture: Picture, step: int) -> None:
+        """Show a picture, [height, width, 3]."""
+        for tracker in self._trackers:
+            tracker.image(tag, picture, step)
+            tracker.flush()
 
     def message(self, text: str) -> None:
         """A line on standard error, which leaves the progress bar whole."""
@@ -357,12 +258,12 @@ class Report:
             self._window.losses = [float(loss) for loss in state["losses"]]
 
     def close(self) -> None:
-        """Write what is waiting and end the bar and the file; more calls do nothing."""
+        """Write what is waiting and end the bar and the trackers; more calls do nothing."""
         try:
             self.flush()
         finally:
-            if self._events is not None:
-                self._events.close()
+            for tracker in self._trackers:
+                tracker.close(self._finals, self._failed)
             if self._console is not None:
                 self._console.close()
 
@@ -391,10 +292,3 @@ def _read(points: list[_Point]) -> None:
         tensors = [torch.as_tensor(values[name]).float().reshape(()) for values, name in places]
         for (values, name), number in zip(places, torch.stack(tensors).tolist(), strict=True):
             values[name] = number
-
-
-def _clock(seconds: float) -> str:
-    """3661 -> 1:01:01."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"

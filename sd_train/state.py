@@ -16,6 +16,7 @@ from torch import Tensor
 from sd_train.errors import ConfigError, DataError, ModelError
 from sd_train.files import put_tensors, sha256, write_folder
 from sd_train.names import FileNames
+from sd_train.optim.values import decode, encode, moved
 from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.types import Progress
 
@@ -54,22 +55,14 @@ def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any
     names = [name for group in parts.groups for name in group.params]
     saved = parts.optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {"optimizer": type(parts.optimizer).__name__, "state": {}, "groups": []}
+    kind = type(parts.optimizer)
+    package = kind.__module__.partition(".")[0]
+    plain: dict[str, Any] = {"optimizer": kind.__name__, "package": package, "state": {}, "groups": []}
     for number, values in saved["state"].items():
         name = names[number]
-        plain["state"][name] = {}
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"state/{name}/{key}"] = value.clone()
-            else:
-                plain["state"][name][key] = value
+        plain["state"][name] = {key: encode(value, f"state/{name}/{key}", tensors) for key, value in values.items()}
     for place, group in enumerate(saved["param_groups"]):
-        kept: dict[str, Any] = {}
-        for key, value in group.items():
-            if isinstance(value, Tensor):
-                tensors[f"group/{place}/{key}"] = value.clone()
-            elif key != "params":
-                kept[key] = value
+        kept = {key: encode(value, f"group/{place}/{key}", tensors) for key, value in group.items() if key != "params"}
         plain["groups"].append(kept)
     return tensors, plain
 
@@ -80,23 +73,46 @@ def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain
     What the optimizer has learned comes from the state, what was given to it (weight decay, betas) from this run's
     configuration.
     """
-    given = inspect.signature(type(parts.optimizer)).parameters
-    numbers = {name: number for number, name in enumerate(n for group in parts.groups for n in group.params)}
-    state: dict[int, dict[str, Any]] = {numbers[name]: dict(values) for name, values in plain["state"].items()}
-    current = parts.optimizer.state_dict()
+    optimizer = parts.optimizer
+    given = inspect.signature(type(optimizer)).parameters
+    named = {name: parameter for group in parts.groups for name, parameter in group.params.items()}
+    numbers = {name: number for number, name in enumerate(named)}
+    saved = {
+        name: {key: decode(value, tensors) for key, value in values.items()} for name, values in plain["state"].items()
+    }
+    # States of earlier versions list only what is no tensor.
+    for path, tensor in tensors.items():
+        kind, owner, key = path.split("/", 2)
+        if kind == "state" and "/" not in key and key not in saved[owner]:
+            saved[owner][key] = tensor.clone()
     groups = []
-    for place, group in enumerate(current["param_groups"]):
-        saved = plain["groups"][place]
-        # JSON knows no tuples; betas must come back as they were.
-        restored = {key: tuple(v) if isinstance(v, list) else v for key, v in saved.items() if key not in given}
-        groups.append({**group, **restored, "params": group["params"]})
-    for name, tensor in tensors.items():
-        kind, owner, key = name.split("/", 2)
-        if kind == "state":
-            state[numbers[owner]][key] = tensor
-        else:
-            groups[int(owner)][key] = tensor
-    parts.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for place, group in enumerate(optimizer.state_dict()["param_groups"]):
+        restored = {
+            key: decode(value, tensors) for key, value in plain["groups"][place].items() if key not in given
+        }
+        device = next((parameter.device for parameter in parts.groups[place].params.values()), torch.device("cpu"))
+        groups.append({**group, **moved(restored, device), "params": group["params"]})
+    state = {numbers[name]: values for name, values in saved.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for name, values in saved.items():
+        _as_it_was(optimizer, named[name], values)
+
+
+def _as_it_was(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, saved: Mapping[str, Any]) -> None:
+    """Undo what loading changes: torch gives tensors the parameter's number type and spoils words, and bitsandbytes
+    does not take paged memory anew."""
+    loaded = optimizer.state[parameter]
+    # What bitsandbytes wraps for saving is not there by that name.
+    for key in saved.keys() & loaded.keys():
+        value = saved[key]
+        if not isinstance(value, Tensor):
+            loaded[key] = moved(value, parameter.device)
+        elif loaded[key].dtype != value.dtype:
+            loaded[key] = value.to(loaded[key].device)
+    if getattr(optimizer, "is_paged", False) and parameter.device.type != "cpu":
+        for key in {"state1", "state2"} & loaded.keys():
+            buffer = optimizer.get_state_buffer(parameter, dtype=loaded[key].dtype)  # type: ignore[attr-defined]
+            loaded[key] = buffer.copy_(loaded[key])
 
 
 def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
@@ -207,9 +223,12 @@ def load_state(path: Path, parts: StateParts) -> ResumedFrom:
         )
     plain = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
     stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    if plain["optimizer"] != (ours := type(parts.optimizer).__name__):
+    kind = type(parts.optimizer)
+    ours, package = kind.__name__, kind.__module__.partition(".")[0]
+    if plain["optimizer"] != ours or plain.get("package", package) != package:
+        other = plain["optimizer"] if plain["optimizer"] != ours else f"{plain['package']}.{ours}"
         raise ConfigError(
-            f"--optimizer_type = {ours}: the state at {path} is one of {plain['optimizer']}; give that, or start anew "
+            f"--optimizer_type = {ours}: the state at {path} is one of {other}; give that, or start anew "
             "from the saved file with --network_weights"
         )
     if set(plain["state"]) - {name for group in parts.groups for name in group.params}:

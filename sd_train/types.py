@@ -52,6 +52,8 @@ class Batch:
     geometry: list[Geometry]
     micro: int
     """Number of the micro-batch within its update, over all ranks."""
+    more_noise: dict[str, Tensor] = field(default_factory=dict)
+    """What else was drawn, see `diffusion.draws.Draws.more`."""
 
 
 @dataclass

@@ -50,6 +50,7 @@ LAYERS: dict[str, int] = {
     "state.py": 4,
     "validate.py": 4,
     "report*.py": 4,
+    "uploads.py": 4,
     "metadata.py": 4,
     "prompts.py": 4,
     "loop.py": 5,

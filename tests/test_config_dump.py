@@ -20,10 +20,13 @@ from sd_train.errors import ConfigError
 
 RULED = {  # options that rules between options or the file system restrict
     "network_args", "network_train_unet_only", "network_train_text_encoder_only", "unet_lr", "text_encoder_lr",
-    "lr_scheduler", "lr_warmup_steps", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first",
+    "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps",
+    "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio",
+    "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first",
     "sample_prompts", "log_with", "dataset_config", "network_weights", "resume", "output_name",
     "output_dir", "logging_dir", "cache_dir", "train_data_dir", "reg_data_dir", "in_json",
-    "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
+    "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "log_tracker_config", "log_tracker_name",
+    "huggingface_repo_id", "huggingface_path_in_repo", "wandb_api_key", "huggingface_token",
 }  # fmt: skip
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 ARGUMENTS = st.dictionaries(

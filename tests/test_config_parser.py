@@ -115,7 +115,7 @@ class TestCommandLine:
             ("--learning_rate nan", "--learning_rate"),
             ("--learning_rate -1", "must be a number >= 0"),
             ("--save_model_as ckpt", "is not yet supported; write safetensors"),
-            ("--log_with wandb --logging_dir logs", "is not yet supported; write tensorboard"),
+            ("--log_with comet_ml --logging_dir logs", "must be one of: tensorboard, jsonl, wandb, all"),
             ("--network_module lycoris.kohya", "is not yet supported; write networks.lora"),
             ("--max_train_steps 0", "must be a whole number >= 1"),
             ("--max_train_steps 1000000001", "must be a whole number >= 1 and <= 1000000000"),

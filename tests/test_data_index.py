@@ -17,7 +17,7 @@ from sd_train.data.captions import sample_caption
 from sd_train.data.images import sample_view
 from sd_train.data.index import ImageIndex, Indexes, IndexOptions, build_indexes
 from sd_train.data.settings import DatasetConfig, SubsetConfig
-from sd_train.diffusion.schedule import Draws
+from sd_train.diffusion.draws import Draws
 from sd_train.errors import DataError
 from sd_train.types import Progress
 

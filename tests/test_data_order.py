@@ -22,7 +22,7 @@ from sd_train.data.index import ImageIndex
 from sd_train.data.order import MicroBatch, Order
 from sd_train.data.samples import permutation
 from sd_train.data.settings import SubsetConfig
-from sd_train.diffusion.schedule import Draws, draw
+from sd_train.diffusion.draws import Draws, DrawSettings, draw
 from sd_train.types import Batch, Progress, Update
 from tests.indexes import make_index
 
@@ -183,7 +183,7 @@ def updates_of(indexes: list[ImageIndex], **options: Any) -> Updates:
     chosen = BatchSettings(**{"seed": 5, "accumulation": 1, "workers": 0, **options})
 
     def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
-        return draw(chosen.seed, step, places, (1, 2, 2), 1000)
+        return draw(DrawSettings(chosen.seed), step, places, (1, 2, 2))
 
     updates = Updates(indexes, chosen, drawn)
     updates.cache = NumberRows()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sd_train.diffusion.losses import mean_squared_error
-from sd_train.diffusion.schedule import Draws, NoiseSchedule, draw
+from sd_train.diffusion.draws import Draws, DrawSettings, draw
+from sd_train.diffusion.losses import distance, sample_mean
+from sd_train.diffusion.schedule import NoiseSchedule
 from sd_train.families.published import published_config
 from sd_train.randomness import derive
 
@@ -50,16 +51,16 @@ def rows(drawn: Draws) -> list[tuple[bytes, bytes, int]]:
 
 @pytest.mark.parametrize("split", [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[3], [2, 0], [1]]])
 def test_a_row_depends_on_its_place_alone(split: list[list[int]]) -> None:
-    whole = rows(draw(7, 12, range(4), SHAPE, 1000))
+    whole = rows(draw(DrawSettings(7), 12, range(4), SHAPE))
     for places in split:
-        assert rows(draw(7, 12, places, SHAPE, 1000)) == [whole[place] for place in places]
+        assert rows(draw(DrawSettings(7), 12, places, SHAPE)) == [whole[place] for place in places]
 
 
 def test_everything_named_changes_the_draw() -> None:
-    base = draw(7, 12, [0], SHAPE, 1000)
+    base = draw(DrawSettings(7), 12, [0], SHAPE)
     assert (base.noise.shape, base.noise.dtype) == ((1, *SHAPE), torch.float32)
     assert (base.timesteps.shape, base.timesteps.dtype) == ((1,), torch.int64)
-    others = [draw(8, 12, [0], SHAPE, 1000), draw(7, 13, [0], SHAPE, 1000), draw(7, 12, [1], SHAPE, 1000)]
+    others = [draw(DrawSettings(seed), step, [place], SHAPE) for seed, step, place in ((8, 12, 0), (7, 13, 0), (7, 12, 1))]
     noises = [base.noise, base.latent_noise]
     noises += [noise for other in others for noise in (other.noise, other.latent_noise)]
     flat = torch.stack([noise.flatten() for noise in noises])
@@ -69,7 +70,7 @@ def test_everything_named_changes_the_draw() -> None:
 
 
 def test_noise_is_standard_normal() -> None:
-    drawn = draw(3, 0, range(64), (4, 16, 16), 1000)
+    drawn = draw(DrawSettings(3), 0, range(64), (4, 16, 16))
     for noise in (drawn.noise, drawn.latent_noise):
         values = noise.double().flatten()
         assert abs(values.mean().item()) < 0.015
@@ -85,20 +86,20 @@ def test_timesteps_are_uniform() -> None:
     # Chi-squared with 999 degrees of freedom: mean 999, standard deviation 45.
     expected = len(drawn) / 1000
     assert ((counts - expected) ** 2 / expected).sum() < 999 + 4 * 45
-    few = draw(5, 0, range(300), (1,), 10).timesteps
+    few = draw(DrawSettings(5, 10), 0, range(300), (1,)).timesteps
     assert few.unique().tolist() == list(range(10))
-    as_used = draw(5, 2, range(8), (1,), 1000).timesteps
+    as_used = draw(DrawSettings(5), 2, range(8), (1,)).timesteps
     assert as_used.tolist() == drawn[16:24].tolist()
 
 
 def test_no_global_generator_is_touched() -> None:
     torch.manual_seed(1)
     np.random.seed(1)
-    before = draw(7, 12, [0, 1], SHAPE, 1000)
+    before = draw(DrawSettings(7), 12, [0, 1], SHAPE)
     states = torch.get_rng_state(), np.random.get_state()[1].tobytes()
     torch.manual_seed(2)
     np.random.seed(2)
-    assert rows(draw(7, 12, [0, 1], SHAPE, 1000)) == rows(before)
+    assert rows(draw(DrawSettings(7), 12, [0, 1], SHAPE)) == rows(before)
     torch.manual_seed(1)
     np.random.seed(1)
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -108,12 +109,12 @@ def test_no_global_generator_is_touched() -> None:
 def test_the_loss_has_one_value_for_each_sample() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(3, *SHAPE, generator=generator), torch.randn(3, *SHAPE, generator=generator)
-    losses = mean_squared_error(first, second)
+    losses = sample_mean(distance(first, second))
     assert losses.shape == (3,)
     for row in range(3):
         expected = torch.nn.functional.mse_loss(first[row], second[row])
         torch.testing.assert_close(losses[row], expected)
-    assert mean_squared_error(first.half(), second.half()).dtype == torch.float32
+    assert sample_mean(distance(first.half(), second.half())).dtype == torch.float32
 
 
 def test_velocity_equals_diffusers() -> None:

@@ -138,7 +138,7 @@ def test_a_full_disk_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
         events._file, events._records._writer = full, full
         for step in range(3):
             events.scalars(step, 0.0, {"loss/current": 1.0})
-        events.close()
+        events.close({})
     assert len(caplog.records) == 1
     assert "No space left" in caplog.text
 

@@ -13,7 +13,7 @@ import torch
 
 from sd_train.data.batches import BatchSettings, Updates
 from sd_train.device import Device
-from sd_train.diffusion.schedule import Draws, draw
+from sd_train.diffusion.draws import Draws, DrawSettings, draw
 from sd_train.objectives.denoise import Denoise
 from sd_train.train_network import main
 from sd_train.trainables.lora import Lora, LoraSettings
@@ -47,7 +47,7 @@ def updates_of(dataset: Path, batch_size: int = 1, **settings: int) -> Updates:
     """The updates of a dataset file, without any model."""
 
     def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
-        return draw(chosen.seed, step, places, (4, height // 8, width // 8), 1000)
+        return draw(DrawSettings(chosen.seed), step, places, (4, height // 8, width // 8))
 
     chosen = BatchSettings(**{"seed": 5, "accumulation": 1, "workers": 0, **settings})
     return Updates([read_index(dataset, batch_size)], chosen, drawn)

@@ -16,6 +16,7 @@ from sd_train.data.captions import process_caption, sample_caption
 from sd_train.data.config import DatasetRequest, load_datasets
 from sd_train.data.index import ImageIndex, ImageRecord, IndexOptions, build_indexes
 from sd_train.data.settings import SubsetConfig
+from sd_train.diffusion.draws import DrawSettings
 from sd_train.families.registry import PUBLISHED_LATENT
 from sd_train.plan_data import draw_function
 
@@ -221,4 +222,4 @@ def _balanced(case: dict[str, Any], place: Path) -> Case:
 def batches_of(index: ImageIndex) -> int:
     """Batches of the first epoch."""
     settings = BatchSettings(seed=0, accumulation=1, workers=0)
-    return Updates([index], settings, draw_function(0, PUBLISHED_LATENT, 1000)).batches_in(0)
+    return Updates([index], settings, draw_function(DrawSettings(0), PUBLISHED_LATENT)).batches_in(0)

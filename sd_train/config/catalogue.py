@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from sd_train.config.group import number_type, parts_of
@@ -37,6 +38,8 @@ class Option:
     hint: Hint
     zero_is_unset: bool
     """0 means that the option is not given, as kohya_ss writes it."""
+    secret: bool
+    """A key or token: it is never shown and written nowhere."""
 
     @property
     def rule(self) -> str:
@@ -76,6 +79,7 @@ def _option(group: str, name: str, field: FieldInfo) -> Option:
         hint=hint,
         zero_is_unset=hint.zero_is_unset
         or (no_default and number is not None and (positive or bool(choices and 0 not in choices))),
+        secret=part is SecretStr,
     )
 
 

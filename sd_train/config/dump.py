@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from sd_train.config.catalogue import options
 from sd_train.config.options import GROUPS, RunConfig
 
@@ -16,7 +18,7 @@ _ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 def dump_toml(config: RunConfig, names: Collection[str] | None = None) -> str:
     """The options of `config` (or those among `names`) as TOML, a comment line before each group.
 
-    Options that are not set are left out. Reading the text gives an equal configuration.
+    Options that are not set are left out, and keys and tokens always. Reading the text gives an equal configuration.
     """
     lines = [f"# options of {config.command}"]
     for group, model in GROUPS.items():
@@ -24,7 +26,9 @@ def dump_toml(config: RunConfig, names: Collection[str] | None = None) -> str:
         entries = [
             f"{name} = {_literal(value)}"
             for name in model.model_fields
-            if (value := getattr(values, name)) is not None and (names is None or name in names)
+            if (value := getattr(values, name)) is not None
+            and not isinstance(value, SecretStr)
+            and (names is None or name in names)
         ]
         if entries:
             lines += ["", f"# {group}", *entries]
@@ -34,7 +38,7 @@ def dump_toml(config: RunConfig, names: Collection[str] | None = None) -> str:
 def changed_options(before: str, after: str) -> list[str]:
     """What the training depends on and differs between two texts of `dump_toml`: `name: before -> after`."""
     old, new = tomllib.loads(before), tomllib.loads(after)
-    groups = ("model", "dataset", "network", "optimizer", "training")
+    groups = ("model", "dataset", "network", "optimizer", "training", "noise", "loss")
     names = [name for name, option in options().items() if option.group in groups and name != "debug_dataset"]
     return [
         f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}"
@@ -49,7 +53,32 @@ def repeatable(config: RunConfig, seed: int) -> RunConfig:
         config,
         training=config.training.model_copy(update={"seed": seed}),
         saving=config.saving.model_copy(update={"resume": None, "overwrite": False}),
+        hub=config.hub.model_copy(update={"resume_from_huggingface": False}),
     )
+
+
+_NOT_COMPARED = ("saving", "sampling", "logging", "hub", "metadata")
+"""Groups that say nothing of how the training goes."""
+_PLACES = ("pretrained_model_name_or_path", "vae")
+"""Options that are paths although they may be more."""
+
+
+def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
+    """The options that trainings are compared by, without paths; those that are not set are missing."""
+    found: dict[str, bool | int | float | str] = {}
+    for name, option in options().items():
+        value = getattr(getattr(config, option.group), name)
+        if value is None or option.group in _NOT_COMPARED or name in _PLACES or _holds_path(value):
+            continue
+        if isinstance(value, bool | int | float | str):
+            found[name] = value
+        else:
+            found[name] = ",".join(map(str, value)) if isinstance(value, tuple) else str(dict(value))
+    return found
+
+
+def _holds_path(value: object) -> bool:
+    return isinstance(value, Path) or (isinstance(value, tuple) and any(isinstance(item, Path) for item in value))
 
 
 def non_default_names(config: RunConfig) -> list[str]:

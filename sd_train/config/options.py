@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 
 from sd_train.config.group import Group
 from sd_train.config.input_options import DatasetOptions, ModelOptions
-from sd_train.config.output_options import LoggingOptions, MetadataOptions, SamplingOptions, SavingOptions
+from sd_train.config.objective_options import LossOptions, NoiseOptions, ValidationOptions
+from sd_train.config.output_options import (
+    HubOptions,
+    LoggingOptions,
+    MetadataOptions,
+    SamplingOptions,
+    SavingOptions,
+)
 from sd_train.config.training_options import NetworkOptions, OptimizerOptions, TrainingOptions
 
 GROUPS: Mapping[str, type[Group]] = {
@@ -16,9 +23,13 @@ GROUPS: Mapping[str, type[Group]] = {
     "network": NetworkOptions,
     "optimizer": OptimizerOptions,
     "training": TrainingOptions,
+    "noise": NoiseOptions,
+    "loss": LossOptions,
+    "validation": ValidationOptions,
     "saving": SavingOptions,
     "sampling": SamplingOptions,
     "logging": LoggingOptions,
+    "hub": HubOptions,
     "metadata": MetadataOptions,
 }
 
@@ -34,9 +45,13 @@ class RunConfig:
     network: NetworkOptions
     optimizer: OptimizerOptions
     training: TrainingOptions
+    noise: NoiseOptions
+    loss: LossOptions
+    validation: ValidationOptions
     saving: SavingOptions
     sampling: SamplingOptions
     logging: LoggingOptions
+    hub: HubOptions
     metadata: MetadataOptions
     origins: Mapping[str, str] = field(compare=False)
     """Option -> where its value came from: `--flag`, `file.toml:12` or `default`."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from sd_train.config.group import Group
-from sd_train.config.values import Hint, LaxPath
+from sd_train.config.values import FolderName, Hint, LaxPath
 
 
 class SavingOptions(Group):
@@ -46,10 +46,55 @@ class LoggingOptions(Group):
     """Training curves and messages."""
 
     logging_dir: LaxPath | None = Field(None, description="Folder for the training curves; not given: no curves.")
-    log_with: Annotated[Literal["tensorboard"] | None, Hint(later=("wandb", "all"))] = Field(
-        None, description="Where curves go; not given: tensorboard if logging_dir is given."
-    )
+    log_with: Literal["tensorboard", "jsonl", "wandb", "all"] | None = Field(
+        None, description="Where curves go: TensorBoard's event file, metrics.jsonl (an object a line), wandb, or all "
+        "of these, wandb if it is installed; not given: tensorboard if logging_dir is given.",
+    )  # fmt: skip
     log_prefix: str | None = Field(None, description="Start of the name of the folder made in logging_dir.")
+    log_tracker_name: FolderName = Field(
+        None, description="Folder of the curves inside that one, and wandb's project; not given: network_train."
+    )
+    log_config: bool = Field(
+        False, description="Give wandb the options too, without paths and keys; the curves in logging_dir have them in "
+        "any case.",
+    )  # fmt: skip
+    log_tracker_config: LaxPath | None = Field(
+        None, description="TOML file whose table wandb holds arguments of wandb.init (entity, tags, group, notes, ...)."
+    )
+    log_norms_every_n_steps: int = Field(
+        10, ge=0, description="Log the norms of weights and gradients of each parameter group after every n-th update; "
+        "0: never.",
+    )  # fmt: skip
+    wandb_run_name: str | None = Field(None, description="Name of the run in wandb; not given: wandb chooses one.")
+    wandb_api_key: SecretStr | None = Field(
+        None, description="Key of wandb; better kept in the variable WANDB_API_KEY or given to wandb login. It is "
+        "written nowhere.",
+    )  # fmt: skip
+
+
+class HubOptions(Group):
+    """Copies of what is saved, on the Hugging Face hub."""
+
+    huggingface_repo_id: str | None = Field(
+        None, description="Repository (owner/name) that every saved file is uploaded to; made where there is none."
+    )
+    huggingface_repo_type: Literal["model", "dataset", "space"] | None = Field(
+        None, description="Kind of that repository; not given: model."
+    )
+    huggingface_path_in_repo: str | None = Field(None, description="Folder in it; not given: its top.")
+    huggingface_token: SecretStr | None = Field(
+        None, description="Token that may write there; better kept in the variable HF_TOKEN or given to hf auth login. "
+        "It is written nowhere.",
+    )  # fmt: skip
+    huggingface_repo_visibility: Literal["public", "private"] | None = Field(
+        None, description="Who sees a repository that is made; not given: private."
+    )
+    save_state_to_huggingface: bool = Field(False, description="Upload the states too that --save_state writes.")
+    resume_from_huggingface: bool = Field(
+        False, description="resume names a state on the hub: OWNER/NAME/PATH, with :REVISION and :TYPE behind it if "
+        "need be.",
+    )  # fmt: skip
+    async_upload: bool = Field(False, description="Train on while files are uploaded; the run's end waits for them.")
 
 
 class MetadataOptions(Group):

@@ -18,8 +18,17 @@ from sd_train.config.dump import dump_toml, non_default_names
 from sd_train.config.group import Group
 from sd_train.config.help import help_text
 from sd_train.config.options import GROUPS, RunConfig
+from sd_train.config.output_rules import check_outputs
 from sd_train.config.rules import Chosen, check_rules, missing_model
-from sd_train.config.sources import CommandLine, Given, canonical, read_command_line, read_config_file, with_suffix
+from sd_train.config.sources import (
+    CommandLine,
+    Given,
+    canonical,
+    concealed,
+    read_command_line,
+    read_config_file,
+    with_suffix,
+)
 from sd_train.errors import ConfigError, Problems
 
 _REQUIRED = {
@@ -58,10 +67,11 @@ def load_run_config(command: str, argv: Sequence[str], checks: Mapping[str, Chec
     given = _merge(line, problems)
     warnings: list[str] = []
     given = _without_unsupported(given, problems, warnings)
-    _expand_shorthands(given, problems)
+    _expand_shorthands(given, problems, warnings)
     groups, valid = _validate(given, problems)
     chosen = Chosen(valid, given)
     check_rules(chosen, problems, warnings)
+    check_outputs(chosen, problems, warnings)
     if problems.found:
         for name, check in (checks or {}).items():
             if chosen.valid(name) and (wrong := check(valid[name])) is not None:
@@ -159,7 +169,7 @@ def _without_unsupported(given: Mapping[str, Given], problems: Problems, warning
     return supported
 
 
-def _expand_shorthands(given: dict[str, Given], problems: Problems) -> None:
+def _expand_shorthands(given: dict[str, Given], problems: Problems, warnings: list[str]) -> None:
     """Replace `--use_8bit_adam` and the like, in place."""
     for flag, (name, value) in SHORTHANDS.items():
         entry = given.pop(flag, None)
@@ -172,6 +182,7 @@ def _expand_shorthands(given: dict[str, Given], problems: Problems) -> None:
             problems.add(entry.where(flag), None, rule, "remove one of the two")
         else:
             given[name] = Given(value, entry.origin)
+            warnings.append(f"{entry.where(flag)} is an old spelling of {name} = {value}, which is taken")
 
 
 def _validate(given: Mapping[str, Given], problems: Problems) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -206,7 +217,7 @@ def _filled(model: type[Group], raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explain(option: Option, given: Given, details: ErrorDetails, problems: Problems) -> None:
     """Put pydantic's finding about one value into words."""
-    where, value = given.where(option.name), given.value
+    where, value = given.where(option.name), concealed(option.name, given.value)
     default = f"leave it out (default: {option.default})" if option.default not in (None, "", {}) else "leave it out"
     if details["type"] == "option_value":
         problems.add(where, value, details["ctx"]["rule"], details["ctx"]["way_out"])

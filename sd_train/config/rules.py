@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd_train.config.hub import HUB_ID
+from sd_train.config.schedule_rules import SCHEDULE_OPTIONS, check_schedule_options
 from sd_train.config.sources import Given
 from sd_train.errors import Problems
 
@@ -45,10 +46,9 @@ def check_rules(chosen: Chosen, problems: Problems, warnings: list[str]) -> None
     _caches(chosen, problems, warnings)
     _networks(chosen, problems, warnings)
     _length(chosen, warnings)
-    _schedule(chosen, problems)
+    _schedule(chosen, problems, warnings)
     _samples(chosen, problems, warnings)
     _idle(chosen, warnings)
-    _logs(chosen, problems, warnings)
 
 
 def _paths(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
@@ -64,7 +64,8 @@ def _paths(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
         if path is not None and not there(path):
             problems.add(chosen.where(name), str(path), f"there is no such {kind}", "check the path")
     resume = values.get("resume")
-    if resume not in (None, "latest") and not os.path.exists(resume):
+    on_hub = values.get("resume_from_huggingface", False)
+    if resume not in (None, "latest") and not on_hub and not os.path.exists(resume):
         way_out = "check the path, or write latest for the newest state in output_dir"
         problems.add(chosen.where("resume"), resume, "there is no such folder", way_out)
     for name in ("output_dir", "logging_dir", "cache_dir"):
@@ -169,14 +170,9 @@ def _length(chosen: Chosen, warnings: list[str]) -> None:
         warnings.append(f"{chosen.where('max_train_steps')} has no effect: max_train_epochs is given")
 
 
-def _schedule(chosen: Chosen, problems: Problems) -> None:
-    if not chosen.valid("lr_scheduler", "lr_warmup_steps"):
-        return
-    scheduler, warmup = chosen.values["lr_scheduler"], chosen.values["lr_warmup_steps"]
-    if scheduler.lower() == "constant" and warmup:
-        rule = "lr_scheduler constant has no warm-up"
-        way_out = "write lr_scheduler = constant_with_warmup, or remove lr_warmup_steps"
-        problems.add(chosen.where("lr_warmup_steps"), warmup, rule, way_out)
+def _schedule(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
+    if chosen.valid(*SCHEDULE_OPTIONS):
+        check_schedule_options(chosen.values, chosen.where, problems, warnings)
 
 
 def _samples(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
@@ -206,21 +202,6 @@ def _idle(chosen: Chosen, warnings: list[str]) -> None:
         warnings.append(f"{chosen.where('vae_batch_size')} has no effect: cache_latents is not given")
     if values.get("network_weights") is not None and values.get("resume") is not None:
         warnings.append(f"{chosen.where('network_weights')} has no effect: resume continues with the state's weights")
-
-
-def _logs(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
-    if not chosen.valid("logging_dir", "log_with", "log_prefix") or chosen.values["logging_dir"] is not None:
-        return
-    if chosen.values["log_with"] is not None:
-        where = chosen.where("log_with")
-        problems.add(where, chosen.values["log_with"], "needs a folder for the curves", "give one as logging_dir")
-    if chosen.values["log_prefix"] is not None:
-        warnings.append(f"{chosen.where('log_prefix')} has no effect: logging_dir is not given")
-
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-"""owner/name."""
-
 
 def missing_model(source: str) -> str | None:
     """What to say if there is nothing at `--pretrained_model_name_or_path`, and it cannot be a hub id."""

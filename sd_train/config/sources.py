@@ -43,6 +43,12 @@ def kind_of(name: str) -> Kind | None:
     return known.kind if known else None
 
 
+def concealed(name: str, value: object) -> object:
+    """`value` as a message may show it: keys and tokens are not shown."""
+    option = options().get(name)
+    return "***" if option is not None and option.secret else value
+
+
 def nearest(name: str) -> str:
     """The sentence that leads from an unknown name to known ones."""
     names = [*options(), *(known for known in known_options() if known not in options())]
@@ -99,7 +105,8 @@ def _take(result: CommandLine, flag: str, values: list[str], problems: Problems)
     elif len(values) == 1:
         result.values[name] = Given(values[0], flag)
     elif values:
-        problems.add(flag, shown, f"takes one value and got {len(values)}", "put quotes around a value with blanks")
+        rule = f"takes one value and got {len(values)}"
+        problems.add(flag, concealed(name, shown), rule, "put quotes around a value with blanks")
         if kind == "text":
             # So that it is not also said to be missing.
             result.values[name] = Given(shown, flag)
@@ -157,7 +164,8 @@ def _note(
         problems.add(place, None, "is a table", f'write a list of texts: {name} = ["name=value"]')
     elif name in found:
         other = file.line(*found[name][0])
-        problems.add(place, value, f"stands in line {other} too", "remove one of the two; sections are only labels")
+        shown = concealed(name, value)
+        problems.add(place, shown, f"stands in line {other} too", "remove one of the two; sections are only labels")
     else:
         line = file.line(*keys)
         found[name] = (keys, Given(value, f"{file.path}:{line}" if line else str(file.path)))

@@ -46,7 +46,7 @@ class NetworkOptions(Group):
 class OptimizerOptions(Group):
     """The optimizer and the course of the learning rate."""
 
-    optimizer_type: str = Field("AdamW", description="Name of the optimizer, in any case (AdamW, Lion, Prodigy).")
+    optimizer_type: str = Field("AdamW", description="Name of the optimizer: sd-train optimizers lists them.")
     learning_rate: float = Field(
         2e-6, ge=0, le=1e6, description="Learning rate, unless unet_lr or text_encoder_lr is given."
     )
@@ -55,11 +55,37 @@ class OptimizerOptions(Group):
         default_factory=dict, description="Arguments of the optimizer: weight_decay=0.01 betas=.9,.999"
     )
     lr_scheduler: str = Field(
-        "constant", description="Course of the learning rate (constant, constant_with_warmup, linear, cosine)."
+        "constant",
+        description="Course of the learning rate: constant, constant_with_warmup, linear, cosine, "
+        "cosine_with_restarts, cosine_with_min_lr, polynomial, inverse_sqrt, warmup_stable_decay, piecewise_constant, "
+        "adafactor, rex, or a scheduler class as module.Class.",
+    )
+    lr_scheduler_type: str = Field(
+        "", description="Scheduler class: a name in torch.optim.lr_scheduler, or module.Class; replaces lr_scheduler."
+    )
+    lr_scheduler_args: Arguments = Field(
+        default_factory=dict, description="Arguments of the schedule or its class: T_max=1000 eta_min=1e-6"
     )
     lr_warmup_steps: WarmupSteps = Field(
         0, description='Steps until the learning rate is reached; below 1 or "10%" a share of the training.'
     )
+    lr_decay_steps: WarmupSteps = Field(
+        0, description="Steps at the end in which warmup_stable_decay decays, as steps or a share of the training."
+    )
+    lr_scheduler_num_cycles: Annotated[int, Hint(zero_is_unset=True)] = Field(
+        1, ge=1, le=1_000_000,
+        description="Cycles of cosine_with_restarts; half periods of cosine_with_min_lr and warmup_stable_decay.",
+    )  # fmt: skip
+    lr_scheduler_power: Annotated[float, Hint(zero_is_unset=True)] = Field(
+        1.0, gt=0, le=1000, description="Power of polynomial."
+    )
+    lr_scheduler_timescale: int | None = Field(
+        None, ge=1, le=10**9, description="Steps over which inverse_sqrt falls; not given: the warm-up, or 10000."
+    )
+    lr_scheduler_min_lr_ratio: float | None = Field(
+        None, gt=0, le=1,
+        description="Share of the learning rate that cosine_with_min_lr and warmup_stable_decay end at.",
+    )  # fmt: skip
 
 
 class TrainingOptions(Group):

@@ -157,6 +157,13 @@ def parse_single_rate(value: object) -> object:
     return value
 
 
+def parse_folder_name(value: object) -> object:
+    """One name, no path."""
+    if isinstance(value, str) and (any(character in value for character in "/\\") or value in (".", "..")):
+        raise rejected("is a path", "give one name without / and \\")
+    return value
+
+
 _ARGUMENTS_SCHEMA = WithJsonSchema({"type": "array", "items": {"type": "string", "pattern": "="}})
 _SIDE = {"type": "integer", "minimum": SMALLEST_SIDE, "maximum": LARGEST_SIDE}
 
@@ -208,4 +215,5 @@ Arguments = Annotated[
 NetworkArguments = Annotated[
     Mapping[str, Any], BeforeValidator(parse_network_args), _ARGUMENTS_SCHEMA, Hint("list", "NAME=VALUE ...")
 ]
+FolderName = Annotated[str | None, BeforeValidator(parse_folder_name)]
 SingleRate = Annotated[float | None, BeforeValidator(parse_single_rate), Hint("list", "NUMBER")]

@@ -18,7 +18,7 @@ from sd_train.data.images import View, prepare, sample_view, view_geometry
 from sd_train.data.index import ImageIndex
 from sd_train.data.order import MicroBatch, Order
 from sd_train.data.record import ImageRecord
-from sd_train.diffusion.schedule import Draws
+from sd_train.diffusion.draws import Draws
 from sd_train.types import Batch, Progress, Update
 
 if TYPE_CHECKING:
@@ -230,6 +230,7 @@ class Updates:
             noise=draws.noise,
             latent_noise=draws.latent_noise if self.draw_fixed is None else self.draw_fixed(keys, width, height),
             timesteps=draws.timesteps,
+            more_noise=draws.more,
             weight=torch.tensor(weights, dtype=torch.float32),
             mask=mask,
             texts=None if self.texts is None else self.texts.rows(captions),

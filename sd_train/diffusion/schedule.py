@@ -1,15 +1,11 @@
-"""The forward process q(x_t | x_0) and the draws that a training sample needs."""
+"""The forward process q(x_t | x_0)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from sd_train.randomness import derive
 
 TIMESTEPS = 1000
 """Of every published Stable Diffusion model."""
@@ -57,41 +53,3 @@ class NoiseSchedule:
     def _at(self, x0: Tensor, timesteps: Tensor) -> Tensor:
         """[B] -> abar of each sample, to multiply rows of `x0` with."""
         return self.alphas_cumprod[timesteps].view(-1, *[1] * (x0.dim() - 1))
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What is random about a micro-batch; every row depends on its own place in the update alone."""
-
-    noise: Tensor
-    """[B, *shape], standard normal, float32."""
-    latent_noise: Tensor
-    """[B, *shape], standard normal, float32."""
-    timesteps: Tensor
-    """[B], int64."""
-
-
-def draw(seed: int, step: int, places: Sequence[int], shape: tuple[int, ...], timesteps: int) -> Draws:
-    """Noise and timesteps of the samples at `places` of update number `step`.
-
-    A sample's draws are a function of (seed, purpose, step, place) alone, so batch 4, 2 accumulated batches of 2
-    and 2 processes with batch 2 see the same noise. Timesteps are uniform over [0, `timesteps`).
-    """
-
-    def normal(purpose: str) -> Tensor:
-        return _normal([derive(seed, purpose, step, place) for place in places], shape)
-
-    drawn = [derive(seed, "timestep", step, place) % timesteps for place in places]
-    return Draws(normal("noise"), normal("latent"), torch.tensor(drawn, dtype=torch.int64))
-
-
-def fixed_latent_noise(seed: int, keys: Sequence[str], shape: tuple[int, ...]) -> Tensor:
-    """[B, *shape], standard normal, float32: the same for an image in all epochs, a function of (seed, its key)."""
-    return _normal([derive(seed, "fixed latent", key) for key in keys], shape)
-
-
-def _normal(streams: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    rows = np.empty((len(streams), *shape), np.float32)
-    for row, key in zip(rows, streams, strict=True):
-        np.random.Generator(np.random.Philox(key=key)).standard_normal(out=row, dtype=np.float32)
-    return torch.from_numpy(rows)

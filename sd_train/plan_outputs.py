@@ -1,0 +1,77 @@
+"""What logs and uploads need, looked at before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from sd_train.config.options import RunConfig
+from sd_train.names import FileNames
+from sd_train.report_wandb import WandbRun, check_arguments, is_installed, missing_key, read_arguments
+from sd_train.state import find_state
+from sd_train.uploads import HubTarget, download_state
+
+TRACKER_NAME = "network_train"
+"""sd-scripts' folder of the curves, and its project in wandb."""
+
+
+def wandb_run(config: RunConfig, warn: Callable[[str], None]) -> WandbRun | None:
+    """The run of wandb that `--log_with` asks for; `warn` is told if `all` has to go without.
+
+    Raises:
+        ConfigError: if it cannot begin.
+    """
+    logging = config.logging
+    if logging.log_with not in ("wandb", "all"):
+        return None
+    arguments = read_arguments(logging.log_tracker_config)
+    if logging.log_with == "all" and not is_installed():
+        return None
+    run = WandbRun(
+        project=logging.log_tracker_name or TRACKER_NAME,
+        name=logging.wandb_run_name,
+        key=_plain(logging.wandb_api_key),
+        log_config=logging.log_config,
+        arguments=arguments,
+    )
+    check_arguments(run)
+    if (missing := missing_key(run)) is None:
+        return run
+    if logging.log_with == "wandb":
+        raise missing
+    warn(f"{missing}; the curves go to the others alone")
+    return None
+
+
+def hub_target(config: RunConfig) -> HubTarget | None:
+    """Where `--huggingface_repo_id` has what is saved uploaded."""
+    hub = config.hub
+    if hub.huggingface_repo_id is None:
+        return None
+    return HubTarget(
+        repo_id=hub.huggingface_repo_id,
+        repo_type=hub.huggingface_repo_type or "model",
+        folder=(hub.huggingface_path_in_repo or "").strip("/"),
+        private=hub.huggingface_repo_visibility != "public",
+        token=_plain(hub.huggingface_token),
+        states=hub.save_state_to_huggingface,
+    )
+
+
+def resumed_state(config: RunConfig, names: FileNames, warn: Callable[[str], None]) -> Path | None:
+    """The state folder that `--resume` means, downloaded if it is on the hub; None if it is not given.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not config.saving.resume:
+        return None
+    if config.hub.resume_from_huggingface:
+        return download_state(config.saving.resume, _plain(config.hub.huggingface_token))
+    return find_state(config.saving.resume, names, warn)
+
+
+def _plain(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value() or None
