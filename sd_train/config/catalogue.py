@@ -37,6 +37,12 @@ class Option:
     hint: Hint
     zero_is_unset: bool
     """0 means that the option is not given, as kohya_ss writes it."""
+    commands: tuple[str, ...] = ()
+    """The commands that have it; none: all."""
+
+    def belongs_to(self, command: str) -> bool:
+        """Whether `command` has the option."""
+        return not self.commands or command in self.commands
 
     @property
     def rule(self) -> str:
@@ -76,6 +82,7 @@ def _option(group: str, name: str, field: FieldInfo) -> Option:
         hint=hint,
         zero_is_unset=hint.zero_is_unset
         or (no_default and number is not None and (positive or bool(choices and 0 not in choices))),
+        commands=hint.commands or GROUPS[group].commands,
     )
 
 

@@ -8,14 +8,24 @@ from dataclasses import dataclass, field
 from sd_train.config.group import Group
 from sd_train.config.input_options import DatasetOptions, ModelOptions
 from sd_train.config.output_options import LoggingOptions, MetadataOptions, SamplingOptions, SavingOptions
-from sd_train.config.training_options import NetworkOptions, OptimizerOptions, TrainingOptions
+from sd_train.config.training_options import (
+    EmaOptions,
+    EmbeddingOptions,
+    FullOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    TrainingOptions,
+)
 
 GROUPS: Mapping[str, type[Group]] = {
     "model": ModelOptions,
     "dataset": DatasetOptions,
     "network": NetworkOptions,
+    "full": FullOptions,
+    "embedding": EmbeddingOptions,
     "optimizer": OptimizerOptions,
     "training": TrainingOptions,
+    "ema": EmaOptions,
     "saving": SavingOptions,
     "sampling": SamplingOptions,
     "logging": LoggingOptions,
@@ -28,12 +38,15 @@ class RunConfig:
     """One run's options, resolved. Two are equal if their values are, wherever these came from."""
 
     command: str
-    """Name of the entry point, `train_network`."""
+    """Name of the entry point: train_network, fine_tune, train_db or train_textual_inversion."""
     model: ModelOptions
     dataset: DatasetOptions
     network: NetworkOptions
+    full: FullOptions
+    embedding: EmbeddingOptions
     optimizer: OptimizerOptions
     training: TrainingOptions
+    ema: EmaOptions
     saving: SavingOptions
     sampling: SamplingOptions
     logging: LoggingOptions

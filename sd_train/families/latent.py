@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -99,10 +99,10 @@ class LatentDiffusion(ABC):
         """Which hidden state from the end is used."""
         return clip_skip or 1
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move every network to `device`, U-Net and text encoders in `dtype`; the VAE stays float32."""
-        for network in self.networks.values():
-            network.to(device=device, dtype=dtype)
+    def to(self, device: torch.device, dtype: torch.dtype, masters: Collection[str] = ()) -> Self:
+        """Move every network to `device`, U-Net and text encoders in `dtype`; VAE and `masters` stay float32."""
+        for role, network in self.networks.items():
+            network.to(device=device, dtype=torch.float32 if role in masters else dtype)
         self.vae.to(device=device)
         self.schedule = self.schedule.to(device)
         return self
