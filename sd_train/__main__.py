@@ -14,7 +14,18 @@ from sd_train.errors import ConfigError
 COMMANDS = {
     "train_network": ("sd_train.train_network", "train a LoRA"),
     "sdxl_train_network": ("sd_train.sdxl_train_network", "the same for an SDXL model, as sd-scripts calls it"),
+    "fine_tune": ("sd_train.fine_tune", "train a model's own weights on captioned images"),
+    "sdxl_train": ("sd_train.sdxl_train", "the same for an SDXL model, as sd-scripts calls it"),
+    "train_db": ("sd_train.train_db", "train a model's own weights on a subject (DreamBooth)"),
+    "train_textual_inversion": ("sd_train.train_textual_inversion", "teach a model a new word (textual inversion)"),
+    "sdxl_train_textual_inversion": (
+        "sd_train.sdxl_train_textual_inversion", "the same for an SDXL model, as sd-scripts calls it",
+    ),
+    "train_textual_inversion_XTI": (
+        "sd_train.train_textual_inversion_XTI", "the same with vectors of its own for each block (--xti)",
+    ),
     "sample": ("sd_train.commands.sample", "draw pictures from a model, with LoRAs and embeddings"),
+    "make_reg_images": ("sd_train.commands.make_reg_images", "draw regularisation images of a class"),
     "convert": ("sd_train.commands.convert", "convert a model between single files and diffusers folders"),
     "lora": ("sd_train.commands.lora", "check, merge, resize, extract and convert LoRA files"),
     "plan": ("sd_train.commands.plan", "say what a training will do, without loading the model"),
@@ -31,7 +42,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The commands, a line each."""
-    lines = [f"  {name:18} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:28} {about}" for name, (_, about) in COMMANDS.items()]
     return "usage: sd-train COMMAND [OPTIONS]   (sd-train COMMAND --help tells more)\n\n" + "\n".join(lines)
 
 

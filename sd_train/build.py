@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sd_train.build_caches import fill_caches
+from sd_train.build_network import merge_base
+from sd_train.build_objective import denoise_settings
 from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
-from sd_train.checkpoint import Checkpoint, Intervals, diffusers_lora, save_own
+from sd_train.build_trainable import export_of, make_trainable
+from sd_train.checkpoint import Checkpoint, Intervals
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
-from sd_train.device import DTYPES, Updater
-from sd_train.errors import DataError, ImageError, ModelError, RunError, UserError
+from sd_train.device import Updater
+from sd_train.errors import DataError, ImageError, RunError, UserError
 from sd_train.families.base import Family
 from sd_train.families.registry import load_family
-from sd_train.families.sources import open_file, read_all
 from sd_train.files import probe_folder, write_text
 from sd_train.guard import Guard
 from sd_train.loop import Training, train
-from sd_train.lora_files.writing import to_kohya
 from sd_train.metadata import RunFacts, build_metadata, describe_base
 from sd_train.objectives.denoise import Denoise
+from sd_train.optim.ema import Ema
 from sd_train.optim.inference import InferenceWeights
-from sd_train.optim.optimizers import make_optimizer
+from sd_train.optim.optimizers import make_optimizer, shared_rates
 from sd_train.optim.schedules import ScheduleOptions, make_schedule
 from sd_train.plan import Prepared, plan_fingerprint, prepare
 from sd_train.plan_data import draw_function, draw_settings, model_request, text_options, written_folders
+from sd_train.plan_network import told_numbers
 from sd_train.plan_optimizer import eight_bit_state
 from sd_train.plan_report import describe, disk_warnings
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line, warn_line
 from sd_train.state import Extra, StateParts, load_state
-from sd_train.trainables.lora import Lora, LoraSettings, describe_network, without_roles
+from sd_train.trainables.base import ParamGroup, Trainable, swapped_in
 from sd_train.uploads import Uploader
-
-DEFAULT_RANK = 4
 
 
 def quiet_libraries() -> None:
@@ -118,14 +119,17 @@ def _silent(text: str) -> None:
     """What other ranks say."""
 
 
-def _load_family(prepared: Prepared) -> tuple[Family, str]:
+def _load_family(prepared: Prepared, trainable: Trainable) -> tuple[Family, str]:
     """The base model on its device, and the digest of its weights."""
     config, device = prepared.config, prepared.device
     # As it is stored, which takes the least memory; the digest is the same in every precision that holds it.
     family = load_family(model_request(config), None)
     family.configure(text_options(config))
+    if config.noise.zero_terminal_snr:
+        family.end_in_noise()
+    merge_base(prepared, family)
     digest = family.digest()
-    family.to(device.device, device.weight_dtype)
+    family.to(device.device, device.weight_dtype, trainable.masters)
     if config.training.xformers:
         _use_xformers(prepared, family)
     return family, digest
@@ -141,78 +145,38 @@ def _use_xformers(prepared: Prepared, family: Family) -> None:
         warn_line(f"--xformers has no effect: {reason} (pip install xformers); PyTorch's attention is used")
 
 
-def _make_lora(prepared: Prepared, family: Family) -> Lora:
-    config = prepared.config
-    network = config.network
-    rank = network.network_dim or DEFAULT_RANK
-    precision = config.saving.save_precision
-    lora = Lora(
-        LoraSettings(
-            rank=rank,
-            alpha=network.network_alpha or float(rank),
-            dropout=network.network_dropout or 0.0,
-            rates=prepared.plan.rates,
-            seed=prepared.progress.seed,
-            precision=None if precision is None else DTYPES[precision],
-        )
-    )
-    lora.install(family)
-    if network.network_weights is not None and prepared.resume is None:
-        weights = _network_weights(network.network_weights, family.name)
-        try:
-            # Modules of a network that this run does not train are left out, as in sd-scripts.
-            lora.load(without_roles(weights, lora))
-        except ModelError as problem:
-            raise ModelError(
-                f"--network_weights = {network.network_weights}: {problem}\n  {describe_network(weights)}"
-            ) from None
-    if config.training.gradient_checkpointing:
+def _install(prepared: Prepared, family: Family, trainable: Trainable) -> None:
+    """Put what learns into the model, from where it starts."""
+    trainable.install(family)
+    if prepared.config.training.gradient_checkpointing:
         family.checkpoint_gradients("unet")
         for role in family.networks:
-            if role != "unet" and lora.trains(role):
+            if role != "unet" and trainable.trains(role):
                 family.checkpoint_gradients(role)
-    return lora
-
-
-def _network_weights(path: Path, family: str) -> dict[str, Tensor]:
-    """The LoRA in `path` under kohya's keys, which are those of a `Lora`."""
-    source, metadata = open_file(path)
-    weights = read_all(source)
-    if any(name.endswith(".lora_down.weight") for name in weights):
-        return weights
-    try:
-        found = to_kohya(weights, family, metadata).tensors
-    except ModelError:
-        found = {}
-    if not any(name.endswith(".lora_down.weight") for name in found):
-        raise ModelError(
-            f"--network_weights = {path}: holds no LoRA, neither of kohya's programs nor of diffusers (see sd-train "
-            "lora check); a base model is given with --pretrained_model_name_or_path"
-        )
-    return found
 
 
 def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str], None]) -> int:
     config, device, progress, plan = prepared.config, prepared.device, prepared.progress, prepared.plan
     schedule = make_schedule(ScheduleOptions.of(config.optimizer, plan.rates), plan.total_steps)
-    family, digest = _load_family(prepared)
-    lora = _make_lora(prepared, family)
-    groups = lora.groups()
+    trainable = make_trainable(prepared)
+    family, digest = _load_family(prepared, trainable)
+    _install(prepared, family, trainable)
+    groups = _groups(config, trainable)
     # torch refuses an optimizer without parameters, which a control run with rate 0 has.
     empty = [{"params": [torch.nn.Parameter(torch.zeros(0))], "lr": 0.0}]
     optimizer = make_optimizer(
         config.optimizer.optimizer_type,
-        [{"params": list(group.params.values()), "lr": group.lr} for group in groups] or empty,
+        [_for_optimizer(group) for group in groups] or empty,
         config.optimizer.optimizer_args,
     )
-    params = [parameter for group in groups for parameter in group.params.values()]
+    params = [list(group.params.values()) for group in groups]
     updater = Updater(device, optimizer, params, config.optimizer.max_grad_norm)
     predicts = {"epsilon": "the noise", "v_prediction": "v", "sample": "the picture"}[family.prediction]
     say(
         f"model: {config.model.pretrained_model_name_or_path} ({family.base_version}, predicts {predicts}); "
-        f"{_count(lora)}"
+        f"{trainable.describe()}"
     )
-    if (state := eight_bit_state(config, [parameter.numel() for parameter in params])) is not None:
+    if (state := eight_bit_state(config, [parameter.numel() for group in params for parameter in group])) is not None:
         say(state)
     assert family.latent is not None
     prepared.updates.draw = draw_function(draw_settings(config, progress.seed), family.latent)
@@ -222,13 +186,21 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
     extras: dict[str, Extra] = {"report": (report.state, report.load)}
     if updater.scaler is not None:
         extras["scaler"] = (updater.scaler.state, updater.scaler.load)
-    parts = StateParts(lora, groups, optimizer, extras, text, digest)
+    ema = _make_ema(prepared, trainable)
+    if ema is not None:
+        extras["ema"] = (ema.state, ema.load_state)
+    objective = Denoise(family, trainable, device, denoise_settings(config))
+    if objective.importance is not None:
+        extras["importance"] = (objective.importance.state, objective.importance.load)
+    parts = StateParts(trainable, groups, optimizer, extras, text, digest, ema)
     if prepared.resume is not None:
         resumed = load_state(prepared.resume, parts)
         progress = resumed.progress
         say(f"resumed {resumed.path} at step {progress.step} of {plan.total_steps}")
         for change in changed_options(resumed.config_text, parts.config_text):
             warn(f"changed since the state was saved: {change}")
+        if ema is not None and not resumed.average:
+            warn("the state holds no moving average: it begins with the weights as they stand")
         if progress.extra.get("data") != plan_fingerprint(prepared):
             warn(
                 "the dataset, its settings or the number of processes are not those of the saved state: from "
@@ -242,12 +214,11 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
         if config.saving.overwrite and prepared.resume is None:
             prepared.names.remove_existing()
         write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
-    objective = Denoise(family, lora, device)
     agree = device.any if device.world > 1 else None
     with uploader or nullcontext(), report, Guard(agree) as guard:
         training = Training(
-            progress, plan.total_steps, prepared.updates, objective, lora, groups, schedule, updater, report,
-            preview, checkpoint, guard, make_norms(config, groups, report),
+            progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
+            report, preview, checkpoint, guard, make_norms(config, groups, report),
         )  # fmt: skip
         try:
             train(training)
@@ -259,6 +230,19 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
             raise
     device.close()
     return 0
+
+
+def _groups(config: RunConfig, trainable: Trainable) -> list[ParamGroup]:
+    """What learns; where the optimizer takes one rate for all, with that one."""
+    groups = trainable.groups()
+    rates = shared_rates(config.optimizer.optimizer_type, [group.lr for group in groups])
+    return [replace(group, lr=rate) for group, rate in zip(groups, rates, strict=True)]
+
+
+def _for_optimizer(group: ParamGroup) -> dict[str, Any]:
+    """`group` as torch's optimizers take it."""
+    decay = {} if group.weight_decay is None else {"weight_decay": group.weight_decay}
+    return {"params": list(group.params.values()), "lr": group.lr, **decay}
 
 
 def _make_checkpoint(
@@ -279,11 +263,30 @@ def _make_checkpoint(
         report,
         prepared.plan.epochs,
         is_main,
-        save_own if config.network.output_lora_format == "kohya" else diffusers_lora(
-            family.name, DTYPES[saving.save_precision or "float"]
-        ),
+        export_of(prepared, family),
         None if uploader is None else uploader.saved,
     )
+
+
+def _make_ema(prepared: Prepared, trainable: Trainable) -> Ema | None:
+    chosen = prepared.config.ema
+    if not chosen.use_ema:
+        return None
+    return Ema(trainable.tensors, chosen.ema_decay, torch.device("cpu") if chosen.ema_device == "cpu" else None)
+
+
+@dataclass(frozen=True)
+class _Averaged:
+    """The moving average, for previews."""
+
+    trainable: Trainable
+    ema: Ema
+
+    @contextmanager
+    def for_inference(self) -> Iterator[None]:
+        """Predictions with the average and without dropout."""
+        with swapped_in(self.trainable, self.ema.tensors), self.trainable.for_inference():
+            yield
 
 
 def _make_preview(prepared: Prepared, family: Family, parts: StateParts, report: Report) -> Preview:
@@ -293,11 +296,13 @@ def _make_preview(prepared: Prepared, family: Family, parts: StateParts, report:
         prompts=prepared.prompts,
         sampler=config.sampling.sample_sampler,
         output_dir=config.saving.output_dir,
-        output_name=config.saving.output_name,
+        output_name=prepared.names.name,
         every_n_steps=config.sampling.sample_every_n_steps,
         every_n_epochs=config.sampling.sample_every_n_epochs,
         at_first=config.sampling.sample_at_first,
-        weights=InferenceWeights(parts.trainable, parts.optimizer),
+        weights=_Averaged(parts.trainable, parts.ema)
+        if parts.ema is not None and config.ema.sample_ema
+        else InferenceWeights(parts.trainable, parts.optimizer),
         report=report,
         seed=prepared.progress.seed,
         is_main=device.is_main,
@@ -306,17 +311,11 @@ def _make_preview(prepared: Prepared, family: Family, parts: StateParts, report:
     )
 
 
-def _count(lora: Lora) -> str:
-    modules = {role: len(found) for role, found in lora.modules.items()}
-    numbers = sum(parameter.numel() for group in lora.groups() for parameter in group.params.values())
-    return f"LoRA modules: {', '.join(f'{role} {count}' for role, count in modules.items())}; {numbers:,} parameters"
-
-
 def _facts(prepared: Prepared, family: Family, optimizer: torch.optim.Optimizer) -> RunFacts:
     config, plan = prepared.config, prepared.plan
     kind = type(optimizer)
     given = ",".join(f"{key}={value}" for key, value in config.optimizer.optimizer_args.items())
-    rank = config.network.network_dim or DEFAULT_RANK
+    rank, alpha = told_numbers(config, prepared.kind)
     return RunFacts(
         datasets=plan.datasets,
         indexes=plan.indexes,
@@ -326,7 +325,7 @@ def _facts(prepared: Prepared, family: Family, optimizer: torch.optim.Optimizer)
         epochs=plan.epochs,
         total_steps=plan.total_steps,
         network_dim=rank,
-        network_alpha=config.network.network_alpha or float(rank),
+        network_alpha=alpha,
         optimizer=f"{kind.__module__}.{kind.__name__}" + (f"({given})" if given else ""),
         base_version=family.base_version,
         architecture=family.architecture,

@@ -8,7 +8,7 @@ from pathlib import Path
 from sd_train.config.dump import hyperparameters
 from sd_train.config.options import RunConfig
 from sd_train.plan import Prepared
-from sd_train.plan_outputs import TRACKER_NAME, hub_target, wandb_run
+from sd_train.plan_outputs import TRACKERS, hub_target, wandb_run
 from sd_train.report import Report, warn_line
 from sd_train.report_norms import Norms
 from sd_train.report_trackers import EventFile, JsonLines, Tracker
@@ -17,7 +17,7 @@ from sd_train.trainables.base import ParamGroup
 from sd_train.uploads import Uploader, open_repository
 
 
-def make_report(prepared: Prepared, config_text: str, tracker_name: str = TRACKER_NAME) -> Report:
+def make_report(prepared: Prepared, config_text: str) -> Report:
     """The report of a run, with its trackers open; they are shown `config_text`, the resolved configuration."""
     config = prepared.config
     report = Report(
@@ -26,7 +26,7 @@ def make_report(prepared: Prepared, config_text: str, tracker_name: str = TRACKE
         total_steps=prepared.plan.total_steps,
         start_step=prepared.progress.step,
         is_main=prepared.device.is_main,
-        tracker_name=config.logging.log_tracker_name or tracker_name,
+        tracker_name=config.logging.log_tracker_name or TRACKERS[config.command],
         open_trackers=lambda log_dir, name: open_trackers(config, log_dir, name),
     )
     report.describe(config_text, hyperparameters(config))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sd_train.errors import RunError
 from sd_train.files import write_tensors
@@ -18,22 +19,26 @@ from sd_train.state import StateParts, save_state
 from sd_train.trainables.base import Trainable
 from sd_train.types import Progress
 
-Export = Callable[[Trainable, Path, Mapping[str, str]], None]
-"""Writes a trainable's weights with metadata."""
+Export = Callable[[Trainable, Path, Mapping[str, str], Mapping[str, Tensor] | None], None]
+"""Writes a trainable's weights, or other tensors of the same names, with metadata."""
 
 
-def save_own(trainable: Trainable, path: Path, metadata: Mapping[str, str]) -> None:
+def save_own(
+    trainable: Trainable, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None
+) -> None:
     """In the trainable's own format."""
-    trainable.save(path, metadata)
+    trainable.save(path, metadata, tensors)
 
 
 def diffusers_lora(family: str, dtype: torch.dtype) -> Export:
     """As diffusers' (PEFT's) LoRA of a model of `family`, in `dtype`."""
 
-    def save(trainable: Trainable, path: Path, metadata: Mapping[str, str]) -> None:
-        content = to_diffusers(trainable.tensors(), family, metadata)
-        tensors = {name: tensor.to(dtype) for name, tensor in content.tensors.items()}
-        write_tensors(path, tensors, {**metadata, **content.metadata})
+    def save(
+        trainable: Trainable, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None
+    ) -> None:
+        content = to_diffusers(trainable.tensors() if tensors is None else tensors, family, metadata)
+        written = {name: tensor.to(dtype) for name, tensor in content.tensors.items()}
+        write_tensors(path, written, {**metadata, **content.metadata})
 
     return save
 
@@ -91,15 +96,20 @@ class Checkpoint:
                 f"{path}: not written, the weights at step {progress.step} are not finite; go back to an earlier save "
                 "and use a lower learning rate"
             )
+        ema = self.parts.ema
         with self.report.untimed():
             with InferenceWeights(self.parts.trainable, self.parts.optimizer).for_inference():
-                self.export(self.parts.trainable, path, self.metadata(progress))
+                self.export(self.parts.trainable, path, self.metadata(progress), None)
+                if ema is not None:
+                    average = {**self.metadata(progress), "ss_ema_decay": str(ema.decay)}
+                    self.export(self.parts.trainable, self.names.average(stem), average, ema.tensors)
             if state:
                 save_state(self.names.state(stem), progress, self.parts)
-        self.report.message(f"saved {path}" + (f" and {self.names.state(stem)}" if state else ""))
+        written = [path, *([self.names.average(stem)] if ema else []), *([self.names.state(stem)] if state else [])]
+        self.report.message(f"saved {' and '.join(map(str, written))}")
         if self.saved is not None:
             with self.report.untimed():
-                self.saved([path, self.names.state(stem)] if state else [path])
+                self.saved(written)
 
     def finish(self, progress: Progress) -> None:
         """The final file."""

@@ -140,20 +140,33 @@ class Updater:
     """Gradients of the micro-batches -> one optimizer step: sum over ranks, unscale, clip, step, zero."""
 
     def __init__(
-        self, device: Device, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], max_norm: float
+        self,
+        device: Device,
+        optimizer: torch.optim.Optimizer,
+        groups: Sequence[Sequence[nn.Parameter]],
+        max_norm: float,
     ) -> None:
         self.device, self.optimizer = device, optimizer
+        self.groups = [list(group) for group in groups]
         # A list: an iterator would be consumed by the first user, and clipping would silently do nothing.
-        self.params = list(params)
+        self.params = [parameter for group in self.groups for parameter in group]
         self.max_norm = max_norm
         self.scaler = GradScaler() if device.precision == "fp16" else None
         self.skipped = 0
         self._steps = 0
 
-    def set_rates(self, rates: Sequence[float]) -> None:
-        """Set the learning rate of each group, in order."""
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=bool(self.params)):
+    def set_rates(self, rates: Sequence[float], active: Sequence[bool]) -> None:
+        """Set the learning rate of each group, in order; one that is not `active` any more is left alone for good."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=bool(self.groups)):
             group["lr"] = rate
+        stopped = [group for group, on in zip(self.groups, active, strict=True) if not on]
+        # Without gradients optimizers pass over them, weight decay and momentum included, and no graph is built.
+        for parameter in (parameter for group in stopped for parameter in group if parameter.requires_grad):
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        if stopped:
+            learning = zip(self.groups, active, strict=True)
+            self.params = [parameter for group, on in learning if on for parameter in group]
 
     def figures(self) -> dict[str, float | Tensor]:
         """What is worth logging: the step size that the optimizer estimated; with fp16 the scale of the gradients, and
@@ -176,11 +189,11 @@ class Updater:
 
         `look` is called when the gradients are those of the whole update and not yet clipped.
         """
+        gradients = [gradient_of(parameter) for parameter in self.params]
         if self.device.world > 1:
-            reduce_gradients(self.params)
+            reduce_gradients(gradients)
         if not self.params:
             return torch.zeros((), device=self.device.device)
-        gradients = [parameter.grad for parameter in self.params if parameter.grad is not None]
         if self.scaler is not None:
             torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
         if look is not None:
@@ -203,6 +216,13 @@ class Updater:
         return norm
 
 
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Its gradient; where nothing depended on it, zero: the same whether another rank's batch did or not."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
 def compare_ranks(params: Sequence[nn.Parameter]) -> None:
     """Find out whether all ranks still hold the same weights; they compute the same updates, so they must.
 
@@ -220,16 +240,14 @@ def compare_ranks(params: Sequence[nn.Parameter]) -> None:
         )
 
 
-def reduce_gradients(params: Sequence[nn.Parameter], bucket_elements: int = 16 * 2**20) -> None:
-    """Sum the gradients over all ranks, in place, in flat buckets; a parameter without a gradient counts as zero."""
+def reduce_gradients(gradients: Sequence[Tensor], bucket_elements: int = 16 * 2**20) -> None:
+    """Sum the gradients over all ranks, in place, in flat buckets."""
     bucket: list[Tensor] = []
     size = 0
-    for place, parameter in enumerate(params):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter.grad)
-        size += parameter.grad.numel()
-        if size >= bucket_elements or place == len(params) - 1:
+    for place, given in enumerate(gradients):
+        bucket.append(given)
+        size += given.numel()
+        if size >= bucket_elements or place == len(gradients) - 1:
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             distributed.all_reduce(flat)
             for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):

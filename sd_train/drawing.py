@@ -1,4 +1,4 @@
-"""One picture from a model: drawn, explained as A1111's web UI does it, saved, put beside others."""
+"""Pictures from a model: drawn, explained as A1111's web UI does it, saved, put beside others."""
 
 from __future__ import annotations
 
@@ -34,10 +34,6 @@ def draw_pixels(
 ) -> Tensor:
     """The picture of `prompt`, [3, height, width] in about [-1, 1], float32.
 
-    The starting noise, [1, channels, height / 8, width / 8], is the first that torch.Generator("cpu") gives after
-    `seed`, as in diffusers and in A1111 with its random numbers from the CPU: every device draws the same picture but
-    for rounding. What a sampler adds on its way comes from the same generator.
-
     Args:
         sampler: for a prompt that names none.
         seed: in place of the prompt's.
@@ -47,19 +43,42 @@ def draw_pixels(
     Raises:
         RunError: if the model gives values that are not finite.
     """
+    return draw_batch(family, prompt, sampler, [seed], autocast, on_step)[0]
+
+
+def draw_batch(
+    family: Family,
+    prompt: Prompt,
+    sampler: str,
+    seeds: Sequence[int],
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """A picture of `prompt` for each of `seeds`, [B, 3, height, width] in about [-1, 1], float32.
+
+    The starting noise of each, [channels, height / 8, width / 8], is the first that torch.Generator("cpu") gives after
+    its seed, as in diffusers and in A1111 with its random numbers from the CPU: every device and every batch draws the
+    same picture but for rounding. What a sampler adds on its way comes from the same generator. `draw_pixels` has the
+    arguments.
+
+    Raises:
+        RunError: if the model gives values that are not finite.
+    """
     name = prompt.sampler or sampler
     pipeline: Any = family.pipeline(make_sampler(name, family.prediction, prompt.steps, family.zero_terminal_snr))
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     assert family.latent is not None
-    noise = torch.randn(1, *family.latent.shape(prompt.width, prompt.height), generator=generator)
+    shape = family.latent.shape(prompt.width, prompt.height)
+    noise = torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators])
     extra = {} if on_step is None else {"callback_on_step_end": _after_step(on_step)}
     with torch.no_grad(), _evaluating(family.networks.values()):
         with autocast():
+            told = family.prompt_arguments(prompt.text, prompt.negative, prompt.width, prompt.height)
             latents: Tensor = pipeline(
-                **family.prompt_arguments(prompt.text, prompt.negative, prompt.width, prompt.height),
+                **{key: _repeated(value, len(seeds)) for key, value in told.items()},
                 latents=noise,
-                generator=generator,
+                generator=generators,
                 width=prompt.width,
                 height=prompt.height,
                 num_inference_steps=prompt.steps,
@@ -67,14 +86,20 @@ def draw_pixels(
                 output_type="latent",
                 **extra,
             ).images
-        # The pipeline itself would not see to an autoencoder that is kept in another precision.
-        pixels = family.decode_latents(latents)
+        # The pipeline itself would not see to an autoencoder that is kept in another precision; one after another, as
+        # it is what takes the most memory.
+        pixels = torch.cat([family.decode_latents(each) for each in latents.split(1)])
     if not torch.isfinite(pixels).all():
         raise RunError(
             "the picture holds values that are not finite; try another --mixed_precision, and while training a lower "
             "learning rate"
         )
-    return pixels[0].float()
+    return pixels.float()
+
+
+def _repeated(value: Any, count: int) -> Any:
+    """`value` for so many pictures: what is no tensor, such as a size, holds for all of them."""
+    return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value
 
 
 def _after_step(on_step: Callable[[], object]) -> Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]]:

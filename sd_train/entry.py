@@ -68,6 +68,8 @@ def load_config(command: str, argv: Sequence[str]) -> RunConfig:
     # The libraries speak for themselves; what our modules log is for the user.
     logging.addLevelName(logging.WARNING, "warning")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # It tells of kernels that only its 4-bit layers would use, whenever another library imports it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     loaded = load_run_config(command, argv, {"optimizer_type": check_optimizer, "lr_scheduler": check_schedule})
     # Of several processes that a launcher started only the first one speaks.
     for warning in loaded.warnings if os.environ.get("RANK", "0") == "0" else ():

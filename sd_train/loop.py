@@ -11,6 +11,7 @@ from sd_train.data.batches import Updates
 from sd_train.device import Updater
 from sd_train.guard import Guard
 from sd_train.objectives.base import Objective
+from sd_train.optim.ema import Ema
 from sd_train.optim.schedules import Schedule
 from sd_train.preview import Preview
 from sd_train.report import Report
@@ -32,6 +33,7 @@ class Training:
     groups: list[ParamGroup]
     schedule: Schedule
     updater: Updater
+    ema: Ema | None
     report: Report
     preview: Preview | None
     checkpoint: Checkpoint
@@ -46,7 +48,9 @@ def train(run: Training) -> bool:
         run.preview(progress)
     for update in run.updates.starting_at(progress, run.end):
         factor = run.schedule.factor(progress.step)
-        updater.set_rates([group.lr * factor for group in run.groups])
+        active = [group.active(progress.step) for group in run.groups]
+        rates = [group.lr * factor * on for group, on in zip(run.groups, active, strict=True)]
+        updater.set_rates(rates, active)
         loss = torch.zeros((), device=updater.device.device)
         for batch in update.batches:
             run.trainable.before_batch(update, batch)
@@ -58,14 +62,19 @@ def train(run: Training) -> bool:
         run.trainable.after_step()
         run.objective.after_step()
         progress.advance(update)
+        if run.ema is not None:
+            run.ema.update()
         run.report.update(
             step=progress.step,
             epoch=progress.epoch,
             samples=update.samples,
             loss=updater.device.sum(loss),
-            rates={group.name: group.lr * factor for group in run.groups},
+            rates={group.name: rate for group, rate in zip(run.groups, rates, strict=True)},
             grad_norm=norm,
-            extra=updater.figures() | ({} if norms is None else norms.figures()),
+            extra=updater.figures()
+            | run.trainable.figures()
+            | run.objective.figures()
+            | ({} if norms is None else norms.figures()),
         )
         run.report.check()
         if run.preview is not None:

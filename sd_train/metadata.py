@@ -15,6 +15,7 @@ from typing import Any
 
 from sd_train import __version__
 from sd_train.config.options import RunConfig
+from sd_train.config.rates import trains_text
 from sd_train.data.index import ImageIndex
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.errors import ConfigError, Problem
@@ -25,26 +26,8 @@ from sd_train.types import Progress
 _NOT_GIVEN = {
     "ss_full_fp16": "False",
     "ss_lowram": "False",
-    "ss_noise_offset": "None",
-    "ss_multires_noise_iterations": "None",
-    "ss_multires_noise_discount": "0.3",
-    "ss_adaptive_noise_scale": "None",
-    "ss_zero_terminal_snr": "False",
-    "ss_min_snr_gamma": "None",
-    "ss_scale_weight_norms": "None",
-    "ss_ip_noise_gamma": "None",
-    "ss_debiased_estimation": "False",
-    "ss_noise_offset_random_strength": "False",
-    "ss_ip_noise_gamma_random_strength": "False",
-    "ss_loss_type": "l2",
-    "ss_huber_schedule": "snr",
-    "ss_huber_scale": "1.0",
-    "ss_huber_c": "0.1",
     "ss_fp8_base": "False",
     "ss_fp8_base_unet": "False",
-    "ss_max_validation_steps": "None",
-    "ss_validate_every_n_epochs": "None",
-    "ss_validate_every_n_steps": "None",
     "ss_sd_scripts_commit_hash": "(unknown)",
 }
 _LAST_SECOND = 253370764799
@@ -71,8 +54,8 @@ class RunFacts:
     batches_per_epoch: int
     epochs: int
     total_steps: int
-    network_dim: int
-    network_alpha: float
+    network_dim: int | str
+    network_alpha: float | str
     optimizer: str
     """`module.Class(argument=value,...)`, as sd-scripts writes it."""
     base_version: str
@@ -100,6 +83,13 @@ def now() -> float:
 def build_metadata(config: RunConfig, facts: RunFacts, base: Mapping[str, str], progress: Progress) -> dict[str, str]:
     """The file's metadata after `progress.step` updates; `base` holds what `describe_base` said."""
     entries: dict[str, Any] = {**_NOT_GIVEN, **_from_config(config), **_from_facts(facts)}
+    match config.command:
+        case "train_network":
+            entries |= _from_network(config, facts)
+        case "train_textual_inversion":
+            entries |= _from_embedding(config)
+        case _:
+            entries |= _from_weights(config)
     entries |= _from_datasets(facts) if config.dataset.dataset_config is not None else _from_folders(config, facts)
     entries |= {
         "ss_seed": progress.seed,
@@ -129,23 +119,18 @@ def describe_base(source: Path) -> dict[str, str]:
 
 
 def _from_config(config: RunConfig) -> dict[str, Any]:
-    network, optimizer, training, dataset = config.network, config.optimizer, config.training, config.dataset
+    optimizer, training, dataset = config.optimizer, config.training, config.dataset
     entries: dict[str, Any] = {
         "ss_output_name": config.saving.output_name,
         "ss_learning_rate": optimizer.learning_rate,
-        "ss_text_encoder_lr": network.text_encoder_lr,
-        "ss_unet_lr": network.unet_lr,
         "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_gradient_accumulation_steps": training.gradient_accumulation_steps,
         "ss_lr_warmup_steps": optimizer.lr_warmup_steps,
         "ss_lr_scheduler": optimizer.lr_scheduler,
-        "ss_network_module": network.network_module,
-        "ss_network_dropout": network.network_dropout,
         "ss_mixed_precision": training.mixed_precision,
         "ss_clip_skip": config.model.clip_skip,
         "ss_max_token_length": config.model.max_token_length,
         "ss_cache_latents": dataset.cache_latents or dataset.cache_latents_to_disk,
-        "ss_training_comment": network.training_comment,
         "ss_max_grad_norm": optimizer.max_grad_norm,
         "ss_caption_dropout_rate": dataset.caption_dropout_rate,
         "ss_caption_dropout_every_n_epochs": dataset.caption_dropout_every_n_epochs,
@@ -155,10 +140,86 @@ def _from_config(config: RunConfig) -> dict[str, Any]:
         "ss_resize_interpolation": dataset.resize_interpolation,
         "ss_validation_seed": dataset.validation_seed,
         "ss_validation_split": dataset.validation_split,
+        **_from_objective(config),
+    }
+    if training.prior_preservation is not None:
+        entries |= {"ss_prior_preservation": training.prior_preservation, "ss_class_prompt": training.class_prompt}
+    return entries
+
+
+def _from_objective(config: RunConfig) -> dict[str, Any]:
+    """Noise, loss and validation: sd-scripts' names, and in the same way what it does not have, where it is given."""
+    noise, loss, validation = config.noise, config.loss, config.validation
+    entries: dict[str, Any] = {
+        "ss_noise_offset": noise.noise_offset,
+        "ss_noise_offset_random_strength": noise.noise_offset_random_strength,
+        "ss_adaptive_noise_scale": noise.adaptive_noise_scale,
+        "ss_multires_noise_iterations": noise.multires_noise_iterations,
+        "ss_multires_noise_discount": noise.multires_noise_discount,
+        "ss_ip_noise_gamma": noise.ip_noise_gamma,
+        "ss_ip_noise_gamma_random_strength": noise.ip_noise_gamma_random_strength,
+        "ss_min_snr_gamma": loss.min_snr_gamma,
+        "ss_debiased_estimation": loss.debiased_estimation_loss,
+        "ss_loss_type": loss.loss_type,
+        "ss_huber_schedule": loss.huber_schedule,
+        "ss_huber_scale": loss.huber_scale,
+        "ss_huber_c": loss.huber_c,
+        "ss_max_validation_steps": validation.max_validation_steps,
+        "ss_validate_every_n_epochs": validation.validate_every_n_epochs,
+        "ss_validate_every_n_steps": validation.validate_every_n_steps,
+    }
+    own: dict[str, Any] = {
+        "ss_soft_min_snr_gamma": loss.soft_min_snr_gamma,
+        "ss_p2_gamma": loss.p2_gamma,
+        "ss_scale_v_pred_loss_like_noise_pred": loss.scale_v_pred_loss_like_noise_pred or None,
+        "ss_v_pred_like_loss": loss.v_pred_like_loss,
+        "ss_dream_detail_preservation": loss.dream_detail_preservation if loss.dream_training else None,
+        "ss_timestep_sampling": None if noise.timestep_sampling == "uniform" else noise.timestep_sampling,
+    }
+    return entries | {name: value for name, value in own.items() if value is not None}
+
+
+def _from_network(config: RunConfig, facts: RunFacts) -> dict[str, Any]:
+    network = config.network
+    entries: dict[str, Any] = {
+        "ss_text_encoder_lr": network.text_encoder_lr,
+        "ss_unet_lr": network.unet_lr,
+        "ss_network_module": network.network_module,
+        "ss_network_dim": facts.network_dim,
+        "ss_network_alpha": facts.network_alpha,
+        "ss_network_dropout": network.network_dropout,
+        "ss_scale_weight_norms": network.scale_weight_norms,
+        "ss_training_comment": network.training_comment,
     }
     if network.network_args:
-        entries["ss_network_args"] = json.dumps(dict(network.network_args))
+        # Words, as they were given: sd-scripts reads no types either.
+        words = {name: ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+                 for name, value in network.network_args.items()}  # fmt: skip
+        entries["ss_network_args"] = json.dumps(words)
     return entries
+
+
+def _from_embedding(config: RunConfig) -> dict[str, Any]:
+    """sd-scripts writes none of these; no reader can tell the word from the file otherwise."""
+    chosen = config.embedding
+    return {
+        "ss_token_string": chosen.token_string,
+        "ss_num_vectors_per_token": chosen.num_vectors_per_token,
+        "ss_init_word": chosen.init_word,
+        "ss_xti": chosen.xti,
+    }
+
+
+def _from_weights(config: RunConfig) -> dict[str, Any]:
+    full = config.full
+    return {
+        "ss_train_text_encoder": trains_text(config.command, {**full.model_dump(), **config.optimizer.model_dump()}),
+        "ss_learning_rate_te": full.learning_rate_te,
+        "ss_learning_rate_te1": full.learning_rate_te1,
+        "ss_learning_rate_te2": full.learning_rate_te2,
+        "ss_block_lr": full.block_lr,
+        "ss_stop_text_encoder_training": full.stop_text_encoder_training,
+    }
 
 
 def _from_facts(facts: RunFacts) -> dict[str, Any]:
@@ -169,8 +230,6 @@ def _from_facts(facts: RunFacts) -> dict[str, Any]:
         "ss_num_batches_per_epoch": facts.batches_per_epoch,
         "ss_num_epochs": facts.epochs,
         "ss_max_train_steps": facts.total_steps,
-        "ss_network_dim": facts.network_dim,
-        "ss_network_alpha": facts.network_alpha,
         "ss_optimizer": facts.optimizer,
         "ss_v2": facts.base_version.startswith("sd_v2"),
         "ss_base_model_version": facts.base_version,
@@ -292,6 +351,12 @@ def _bucket_info(index: ImageIndex) -> dict[str, Any]:
     return {"buckets": buckets, "mean_img_ar_error": index.mean_aspect_error}
 
 
+def _timestep_range(config: RunConfig) -> str | None:
+    """`first,last` as sd-scripts writes them where either is given."""
+    low, high = config.noise.min_timestep, config.noise.max_timestep
+    return None if low is None and high is None else f"{low or 0},{1000 if high is None else high}"
+
+
 def _modelspec(config: RunConfig, facts: RunFacts) -> dict[str, str]:
     """Stability AI's model metadata standard, version 1.0.1."""
     given, moment = config.metadata, now()
@@ -300,16 +365,21 @@ def _modelspec(config: RunConfig, facts: RunFacts) -> dict[str, str]:
     else:
         date = datetime.fromtimestamp(moment)
     width, height = max((dataset.resolution for dataset in facts.datasets), key=lambda size: size[0] * size[1])
-    title = given.metadata_title or config.saving.output_name or f"LoRA@{moment}"
+    network = config.command == "train_network"
+    kind = "/lora" if network else "/textual-inversion" if config.command == "train_textual_inversion" else ""
+    name = config.saving.output_name or config.embedding.token_string
+    title = given.metadata_title or name or f"{'LoRA' if network else 'Checkpoint'}@{moment}"
     sdxl = facts.base_version.startswith("sdxl")
     entries = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{facts.architecture}/lora",
-        "implementation": "https://github.com/Stability-AI/generative-models" if sdxl else "diffusers",
+        "architecture": facts.architecture + kind,
+        # sd-scripts: "diffusers" for the LoRAs of Stable Diffusion 1.x and 2.x alone.
+        "implementation": "diffusers" if network and not sdxl else "https://github.com/Stability-AI/generative-models",
         "implementation_version": f"sd_train/{__version__}",
         "title": title,
         "resolution": f"{width}x{height}",
         "date": date.isoformat(timespec="seconds"),
+        "timestep_range": _timestep_range(config),
         "prediction_type": "v" if facts.prediction == "v_prediction" else facts.prediction,
         # SDXL's layers are not chosen by it in sd-scripts, which this entry is written for.
         "encoder_layer": None if sdxl else config.model.clip_skip,

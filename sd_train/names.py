@@ -17,6 +17,7 @@ class FileNames:
     folder: Path
     name: str | None
     extension: str = ".safetensors"
+    """Of model files; empty where a model is a folder."""
 
     def at_step(self, step: int) -> str:
         """`N-step00000100`, or `at-step00000100` without a name."""
@@ -32,8 +33,12 @@ class FileNames:
         return self.name or "last"
 
     def model(self, stem: str) -> Path:
-        """The model file of a save."""
+        """The model file or folder of a save."""
         return self.folder / f"{stem}{self.extension}"
+
+    def average(self, stem: str) -> Path:
+        """The model file or folder with the moving average, of the same save."""
+        return self.folder / f"{stem}-ema{self.extension}"
 
     def state(self, stem: str) -> Path:
         """The state folder of a save."""
@@ -45,12 +50,12 @@ class FileNames:
             return []
         stems = [re.escape(self.last), re.escape(self.name or "at") + r"-step\d{8}"]
         stems.append(re.escape(self.name or "epoch") + r"-\d{6}")
-        pattern = re.compile(f"(?:{'|'.join(stems)})(?:{re.escape(self.extension)}|-state)")
+        pattern = re.compile(f"(?:{'|'.join(stems)})(?:(?:-ema)?{re.escape(self.extension)}|-state)")
         return sorted(entry for entry in self.folder.iterdir() if pattern.fullmatch(entry.name))
 
     def states(self) -> list[Path]:
         """The state folders among them."""
-        return [path for path in self.existing() if path.is_dir()]
+        return [path for path in self.existing() if path.name.endswith("-state") and path.is_dir()]
 
     def pictures(self) -> list[Path]:
         """Sample pictures of an earlier run of this name."""
@@ -80,5 +85,5 @@ class FileNames:
 
 def step_of(path: Path) -> int:
     """The update at which a file or state folder was saved, as its name tells; 0 where it does not."""
-    found = re.search(r"-step(\d{8})(?:-state|\.|$)", path.name)
+    found = re.search(r"-step(\d{8})(?:-state|-ema)?(?:\.|$)", path.name)
     return int(found[1]) if found else 0

@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from sd_train.config.options import RunConfig
+from sd_train.config.rates import learning_rates
 from sd_train.data.batches import Updates
 from sd_train.data.index import ImageIndex
 from sd_train.data.settings import DatasetConfig, SubsetConfig
@@ -25,8 +26,12 @@ from sd_train.names import FileNames
 from sd_train.optim.optimizers import check_arguments, check_optimizer, shared_rates
 from sd_train.optim.schedules import ScheduleOptions, check_schedule, check_schedule_values, make_schedule
 from sd_train.optim.settle import settle
-from sd_train.plan_data import check_caption_cache, make_updates, model_request, read_datasets
+from sd_train.plan_data import check_caption_cache, check_prior, file_names, make_updates, model_request, read_datasets
+from sd_train.plan_full import check_blocks, refuse_own_source
+from sd_train.plan_network import check_network
+from sd_train.plan_objective import check_objective
 from sd_train.plan_outputs import resumed_state, wandb_run
+from sd_train.plan_words import check_captions_hold_word, check_word
 from sd_train.prompts import SD_SCRIPTS_DEFAULTS, Prompt, load_prompts
 from sd_train.randomness import derive
 from sd_train.report import warn_line
@@ -64,17 +69,11 @@ class Plan:
     """Planned samples of the first epoch that wait for batches of later ones."""
 
 
-def learning_rates(config: RunConfig) -> dict[str, float]:
+def rates_of(config: RunConfig) -> dict[str, float]:
     """The rate of each network role; one that is left out or has rate 0 is missing."""
-    network, base = config.network, config.optimizer.learning_rate
-    rates: dict[str, float] = {}
-    if not network.network_train_text_encoder_only:
-        rates["unet"] = base if network.unet_lr is None else network.unet_lr
-    if not network.network_train_unet_only:
-        # One rate for all text encoders, as sd-scripts' `networks.lora` has.
-        for role in ("text_encoder", "text_encoder_2"):
-            rates[role] = base if network.text_encoder_lr is None else network.text_encoder_lr
-    return {role: rate for role, rate in rates.items() if rate > 0}
+    values = {name: getattr(group, name) for group in (config.network, config.full, config.optimizer)
+              for name in type(group).model_fields}
+    return learning_rates(config.command, values)
 
 
 def make_plan(
@@ -98,7 +97,7 @@ def make_plan(
             f"{datasets[0].origin}: no batch is complete by the end of the training; raise num_repeats or "
             "max_train_epochs, or use another bucket_policy than carry"
         )
-    rates = {role: rate for role, rate in learning_rates(config).items() if kind is None or role in kind.configs}
+    rates = {role: rate for role, rate in rates_of(config).items() if kind is None or role in kind.configs}
     schedule = make_schedule(ScheduleOptions.of(config.optimizer, rates), total)
     return Plan(
         datasets=datasets,
@@ -171,16 +170,20 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
         UserError: with all problems and the ways out.
     """
     checks, notes = Checks(), tuple[str, ...]()
-    names = FileNames(config.saving.output_dir, config.saving.output_name)
     if checks(lambda: _check_name(config, "optimizer_type", check_optimizer(config.optimizer.optimizer_type))):
-        settled = checks(lambda: settle(config, learning_rates(config)))
+        settled = checks(lambda: settle(config, rates_of(config)))
         config, notes = (settled.config, settled.notes) if settled is not None else (config, ())
         checks(lambda: check_arguments(config.optimizer.optimizer_type, config.optimizer.optimizer_args))
     if checks(lambda: _check_name(config, "lr_scheduler", check_schedule(config.optimizer.lr_scheduler))):
-        checks(lambda: check_schedule_values(ScheduleOptions.of(config.optimizer, learning_rates(config))))
+        checks(lambda: check_schedule_values(ScheduleOptions.of(config.optimizer, rates_of(config))))
     checks(now)
+    checks(lambda: check_word(config))
     debug = config.dataset.debug_dataset
     kind = _kind_if_known(config) if debug else checks(lambda: check_model(model_request(config)))
+    checks(lambda: check_network(config, kind))
+    if kind is not None:
+        checks(lambda: check_objective(config, kind))
+    names = file_names(config, kind)
     prompts = checks(lambda: _prompts(config, kind))
     device = checks(lambda: open_device(config.training.mixed_precision))
     warn = warn_line if device is not None and device.is_main else _silent
@@ -188,12 +191,16 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     checks(lambda: wandb_run(config, _silent))
     refused = bool(config.saving.resume) and resume is None
     own_state = resume is not None and resume.resolve() in {path.resolve() for path in names.states()}
-    if trains and not refused and not own_state and not config.saving.overwrite and not config.dataset.debug_dataset:
+    checks(lambda: check_blocks(config, kind))
+    starts = trains and not config.dataset.debug_dataset and bool(checks(lambda: refuse_own_source(config, names)))
+    if starts and not refused and not own_state and not config.saving.overwrite:
         checks(lambda: refuse_existing(names))
     progress = checks(lambda: _first_progress(config, resume, device)) if device is not None else None
     read = checks(lambda: read_datasets(config, kind, progress.seed if progress is not None else 0))
     if read is not None:
         checks(lambda: check_caption_cache(config, read[0]))
+        checks(lambda: check_captions_hold_word(config, read[1].training))
+        checks(lambda: check_prior(config, read[0]))
     checks.raise_any()
     assert read is not None
     assert device is not None

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from sd_train.config.options import RunConfig
 from sd_train.data.batches import BatchSettings, Draw, Updates
@@ -23,6 +24,10 @@ from sd_train.families.parts import ModelKind, ModelRequest
 from sd_train.families.registry import PUBLISHED_LATENT
 from sd_train.families.specs import LatentSpec
 from sd_train.families.text import TextOptions
+from sd_train.names import FileNames
+from sd_train.plan_words import templates_of
+
+SavedForm = Literal["safetensors", "ckpt", "pt", "diffusers", "diffusers_safetensors"]
 
 SDXL_STEP = 32
 """Pixels of which the sides of SDXL's buckets are multiples, in sd-scripts."""
@@ -65,7 +70,8 @@ def read_datasets(
     request = dataset_request(config.command, run_options(config))
     sdxl = config.model.sdxl if kind is None else kind.family.startswith("sdxl")
     multiple = kind.multiple if kind is not None else SDXL_STEP if sdxl else request.step_multiple
-    datasets = load_datasets(replace(request, sdxl=sdxl, step_multiple=multiple))
+    templates = templates_of(config)
+    datasets = load_datasets(replace(request, sdxl=sdxl, step_multiple=multiple, templates=templates))
     options = IndexOptions(
         allow_missing_captions=chosen.allow_missing_captions,
         prior_loss_weight=config.training.prior_loss_weight,
@@ -144,6 +150,21 @@ def written_folders(config: RunConfig) -> dict[Path, str]:
     return folders
 
 
+def saved_form(config: RunConfig, kind: ModelKind | None) -> SavedForm:
+    """How trained weights are written: as asked for; else whole models as they came, never as a pickle."""
+    if config.saving.save_model_as is not None:
+        return config.saving.save_model_as
+    whole = config.command in ("fine_tune", "train_db")
+    return "diffusers_safetensors" if whole and kind is not None and kind.form == "diffusers" else "safetensors"
+
+
+def file_names(config: RunConfig, kind: ModelKind | None) -> FileNames:
+    """What the run writes; an embedding is called by its word, as in sd-scripts."""
+    form = saved_form(config, kind)
+    name = config.saving.output_name or config.embedding.token_string
+    return FileNames(config.saving.output_dir, name, "" if form.startswith("diffusers") else f".{form}")
+
+
 def caches_latents(config: RunConfig) -> bool:
     """Whether images are encoded once."""
     return config.dataset.cache_latents or config.dataset.cache_latents_to_disk
@@ -173,6 +194,26 @@ def check_caption_cache(config: RunConfig, datasets: Sequence[DatasetConfig]) ->
     ]
     if varying:
         raise ConfigError(*varying)
+
+
+def check_prior(config: RunConfig, datasets: Sequence[DatasetConfig]) -> None:
+    """A class is kept by regularisation images or by the base model's own predictions, not by both.
+
+    Raises:
+        ConfigError: with every subset of regularisation images.
+    """
+    if config.training.prior_preservation is None:
+        return
+    doubled = [
+        f"--prior_preservation = {config.training.prior_preservation}: {subset.origin} holds regularisation images "
+        "(is_reg), which keep the class in another way; remove that subset, or remove prior_preservation and "
+        "class_prompt"
+        for dataset in datasets
+        for subset in dataset.subsets
+        if subset.is_reg
+    ]
+    if doubled:
+        raise ConfigError(*doubled)
 
 
 def unused_fallbacks(config: RunConfig, datasets: Sequence[DatasetConfig]) -> list[str]:

@@ -42,8 +42,8 @@ def objective_warnings(config: RunConfig, kind: ModelKind) -> list[str]:
         warnings.append("--zero_terminal_snr has no effect: the model's schedule has it already")
     elif config.noise.zero_terminal_snr and not predicts_v:
         warnings.append(
-            "--zero_terminal_snr: the model predicts the noise, which says nothing at the last timestep; it is meant for "
-            "models that predict v (Lin et al. 2023)"
+            "--zero_terminal_snr: the model predicts the noise, which says nothing at the last timestep; it is meant "
+            "for models that predict v (Lin et al. 2023)"
         )
     weighs_nothing = [
         f"--{name}" for name in ("min_snr_gamma", "soft_min_snr_gamma", "scale_v_pred_loss_like_noise_pred")
@@ -51,7 +51,7 @@ def objective_warnings(config: RunConfig, kind: ModelKind) -> list[str]:
     ]  # fmt: skip
     if ends_in_noise(config, kind) and predicts_v and weighs_nothing:
         warnings.append(
-            f"{' and '.join(weighs_nothing)}: with zero terminal SNR the last timestep counts 0, so that what it is for "
-            "is hardly learned; debiased_estimation_loss or no weights keep it"
+            f"{' and '.join(weighs_nothing)}: with zero terminal SNR the last timestep counts 0, so that what it is "
+            "for is hardly learned; debiased_estimation_loss or no weights keep it"
         )
     return warnings

@@ -13,8 +13,13 @@ from sd_train.report_wandb import WandbRun, check_arguments, is_installed, missi
 from sd_train.state import find_state
 from sd_train.uploads import HubTarget, download_state
 
-TRACKER_NAME = "network_train"
-"""sd-scripts' folder of the curves, and its project in wandb."""
+TRACKERS = {
+    "train_network": "network_train",
+    "fine_tune": "finetuning",
+    "train_db": "dreambooth",
+    "train_textual_inversion": "textual_inversion",
+}
+"""sd-scripts' folder of the curves inside `--logging_dir`, and its project in wandb, by command."""
 
 
 def wandb_run(config: RunConfig, warn: Callable[[str], None]) -> WandbRun | None:
@@ -30,7 +35,7 @@ def wandb_run(config: RunConfig, warn: Callable[[str], None]) -> WandbRun | None
     if logging.log_with == "all" and not is_installed():
         return None
     run = WandbRun(
-        project=logging.log_tracker_name or TRACKER_NAME,
+        project=logging.log_tracker_name or TRACKERS[config.command],
         name=logging.wandb_run_name,
         key=_plain(logging.wandb_api_key),
         log_config=logging.log_config,

@@ -19,12 +19,14 @@ from sd_train.data.masks import LATENT_CELL
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.data.shards import UNIT
 from sd_train.families.parts import read_model
-from sd_train.families.sizes import lora_numbers
+from sd_train.families.sizes import model_sizes
 from sd_train.files import nearest_folder
 from sd_train.plan import Plan, Prepared
 from sd_train.plan_data import caches_latents, caches_texts, model_request, written_folders
+from sd_train.plan_network import network_sizes
 from sd_train.plan_optimizer import describe_state
 from sd_train.plan_warnings import plan_warnings
+from sd_train.plan_words import word_numbers
 
 _BYTES = {"float": 4, "fp16": 2, "bf16": 2, None: 4}
 _LATENT_NUMBERS = 8
@@ -42,6 +44,8 @@ class Save:
     bytes: int | None
     """None where the model's headers do not tell."""
     state: Path | None
+    average: Path | None = None
+    """The same with the moving average, as large."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +151,7 @@ def outputs(prepared: Prepared) -> Outputs:
     """What the run will write, from where it stands to its end."""
     config, plan, names = prepared.config, prepared.plan, prepared.names
     saving = config.saving
-    rank = config.network.network_dim or 4
-    # `--debug_dataset` reads no model.
-    kind = prepared.kind
-    numbers = None if kind is None else lora_numbers(read_model(model_request(config)), rank)
-    weights = None if numbers is None else sum(count for role, count in numbers.items() if role in plan.rates)
-    size = None if weights is None else weights * _BYTES[saving.save_precision]
+    weights, size = _sizes(prepared)
     start, total = prepared.progress.step, plan.total_steps
     ends = _epoch_ends(prepared, saving.save_every_n_epochs)
     saves = []
@@ -165,11 +164,15 @@ def outputs(prepared: Prepared) -> Outputs:
         for stem in stems:
             last = update == total and stem == names.last
             state = saving.save_state or (last and saving.save_state_on_train_end)
-            saves.append(Save(names.model(stem), update, size, names.state(stem) if state else None))
+            average = names.average(stem) if config.ema.use_ema else None
+            saves.append(Save(names.model(stem), update, size, names.state(stem) if state else None, average))
     previews = _previews(prepared) if prepared.prompts else []
-    # A state holds the weights and, for most optimizers, two more numbers for each, in float32.
+    # A state holds the weights and, for most optimizers, two more numbers for each, in float32; and the average.
     states = sum(1 for save in saves if save.state is not None)
-    disk = None if size is None or weights is None else len(saves) * size + states * weights * 12
+    averages = int(config.ema.use_ema)
+    disk = None
+    if size is not None and weights is not None:
+        disk = len(saves) * size * (1 + averages) + states * weights * (12 + 4 * averages)
     cached = caches_latents(config) and config.dataset.cache_latents_to_disk
     return Outputs(
         saves=tuple(saves),
@@ -179,6 +182,25 @@ def outputs(prepared: Prepared) -> Outputs:
         cache_bytes=(sum(map(_latent_bytes, plan.indexes)) if cached else 0)
         + _text_bytes(prepared),
     )
+
+
+def _sizes(prepared: Prepared) -> tuple[int, int] | tuple[None, None]:
+    """Numbers that learn, and bytes of a saved file."""
+    config, rates = prepared.config, prepared.plan.rates
+    # `--debug_dataset` reads no model.
+    if prepared.kind is None:
+        return None, None
+    if config.command == "train_textual_inversion":
+        learned = word_numbers(config, prepared.kind)
+        return learned, learned * _BYTES[config.saving.save_precision]
+    parts, precision = read_model(model_request(config)), config.saving.save_precision
+    if config.command in ("fine_tune", "train_db"):
+        return model_sizes(parts, rates, None if precision is None else _BYTES[precision])
+    if config.network.network_module != "networks.lora":
+        return None, None
+    numbers = network_sizes(config, prepared.kind, parts)
+    weights = sum(count for role, count in numbers.items() if role in rates)
+    return weights, weights * _BYTES[precision]
 
 
 def _latent_bytes(index: ImageIndex) -> int:
@@ -235,7 +257,8 @@ def describe_outputs(prepared: Prepared) -> str:
         lines.insert(0, f"goes on after update {prepared.progress.step}, from {prepared.resume}")
     for save in (*written.saves[:6], *written.saves[-1:]) if len(written.saves) > 7 else written.saves:
         size = "size not known before loading" if save.bytes is None else _size(save.bytes)
-        lines.append(f"  {save.path.name} after update {save.update}, {size}" + (", with state" if save.state else ""))
+        also = (", with state" if save.state else "") + (f", and {save.average.name}" if save.average else "")
+        lines.append(f"  {save.path.name} after update {save.update}, {size}{also}")
     if len(written.saves) > 7:
         lines.insert(-1, f"  ... {len(written.saves) - 7} more")
     if prepared.prompts:
@@ -304,6 +327,7 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
             {
                 "path": str(save.path), "update": save.update, "bytes": save.bytes,
                 "state": None if save.state is None else str(save.state),
+                "average": None if save.average is None else str(save.average),
             }
             for save in written.saves
         ],

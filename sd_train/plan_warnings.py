@@ -12,7 +12,11 @@ from sd_train.names import step_of
 from sd_train.optim.optimizers import find_optimizer
 from sd_train.plan import Prepared
 from sd_train.plan_data import unused_fallbacks
+from sd_train.plan_full import idle_rates
+from sd_train.plan_network import network_warnings
+from sd_train.plan_objective import objective_warnings
 from sd_train.plan_optimizer import idle_eight_bit
+from sd_train.plan_words import word_warnings
 
 
 def plan_warnings(prepared: Prepared) -> list[str]:
@@ -23,11 +27,15 @@ def plan_warnings(prepared: Prepared) -> list[str]:
     warnings += unused_fallbacks(config, plan.datasets)
     subsets = [subset for dataset in plan.datasets for subset in dataset.subsets]
     given = {name for name, origin in config.origins.items() if origin != "default"}
-    if "prior_loss_weight" in given and not any(subset.is_reg for subset in subsets):
+    kept = any(subset.is_reg for subset in subsets) or config.training.prior_preservation is not None
+    if "prior_loss_weight" in given and not kept:
         warnings.append("--prior_loss_weight has no effect: no subset has is_reg = true")
+    if config.ema.sample_ema and config.ema.use_ema and not prepared.prompts:
+        warnings.append("--sample_ema has no effect: no sample pictures are made")
     if config.dataset.masked_loss and not any(subset.masked for subset in subsets):
         warnings.append("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask")
     warnings += _idle_in_data(prepared)
+    warnings += word_warnings(config, plan.indexes, prepared.prompts)
     if plan.validation:
         warnings.append("validation images are left out of the training; a loss on them is not computed yet")
     for name in ("save_every_n_steps", "sample_every_n_steps"):
@@ -44,6 +52,10 @@ def plan_warnings(prepared: Prepared) -> list[str]:
     if prepared.kind is not None and prepared.kind.family.startswith("sdxl") and config.model.clip_skip == 1:
         warnings.append("--clip_skip = 1 has no effect: SDXL takes the last layer but one, as with 2")
     warnings += [*prepared.notes, *idle_eight_bit(prepared)]
+    warnings += idle_rates(config, prepared.kind, plan.total_steps)
+    warnings += network_warnings(config, prepared.kind)
+    if prepared.kind is not None:
+        warnings += objective_warnings(config, prepared.kind)
     spec = find_optimizer(config.optimizer.optimizer_type)
     if spec.adapts_rate and plan.rates and max(plan.rates.values()) <= 0.1:
         warnings.append(f"{spec.name} estimates the rate itself and multiplies it with yours; 1.0 is recommended")

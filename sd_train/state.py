@@ -16,6 +16,7 @@ from torch import Tensor
 from sd_train.errors import ConfigError, DataError, ModelError
 from sd_train.files import put_tensors, sha256, write_folder
 from sd_train.names import FileNames
+from sd_train.optim.ema import Ema
 from sd_train.optim.values import decode, encode, moved
 from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.types import Progress
@@ -38,7 +39,8 @@ class StateParts:
     """By name: scaler, report."""
     config_text: str
     base_model: str
-    """Digest of the frozen base model."""
+    """Digest of the base model as it was before the training."""
+    ema: Ema | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class ResumedFrom:
     path: Path
     progress: Progress
     config_text: str
+    average: bool
+    """Whether it held a moving average."""
 
 
 def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -123,6 +127,8 @@ def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
     def fill(folder: Path) -> None:
         put_tensors(folder / "trainable.safetensors", parts.trainable.tensors())
         put_tensors(folder / "optimizer.safetensors", tensors)
+        if parts.ema is not None:
+            put_tensors(folder / "ema.safetensors", parts.ema.tensors)
         texts = {
             "optimizer.json": json.dumps(plain),
             "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),
@@ -243,9 +249,13 @@ def load_state(path: Path, parts: StateParts) -> ResumedFrom:
             f"--resume = {path}: {problem}\n  give the options of the network as they stand in {path / 'config.toml'}"
         ) from None
     load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
+    average = path / "ema.safetensors"
+    if parts.ema is not None:
+        # A state without one is of a run without it: the average begins with the weights as they stand.
+        parts.ema.load(load_file(average) if average.is_file() else parts.trainable.tensors())
     for name, (_, restore) in parts.extras.items():
         # A change of precision is allowed: the state of a run without scaled gradients has no scale.
         if name in stored["extras"]:
             restore(stored["extras"][name])
     config_text = (path / "config.toml").read_text(encoding="utf-8")
-    return ResumedFrom(path, Progress(**stored["progress"]), config_text)
+    return ResumedFrom(path, Progress(**stored["progress"]), config_text, average.is_file())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,8 +77,8 @@ class Update:
 class Conditioning:
     """What the denoiser is told beside the noisy latents and the timestep."""
 
-    states: Tensor | Sequence[Tensor]
-    """[B, tokens, width], or one such for each cross-attention block."""
+    states: Tensor
+    """[B, tokens, width]; [B, blocks * tokens, width] where each cross-attention block has its own, in order."""
     pooled: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     channels: Tensor | None = None

@@ -18,8 +18,10 @@ from sd_train.data.config import DatasetRequest, load_datasets
 from sd_train.data.images import prepare, sample_view, view_geometry
 from sd_train.data.index import ImageIndex, IndexOptions, build_indexes
 from sd_train.device import Device
+from sd_train.families.base import Family
 from sd_train.objectives.denoise import Denoise
 from sd_train.train_network import main
+from sd_train.trainables.base import Trainable
 from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.types import Batch
 from tests.models import load
@@ -140,6 +142,11 @@ def fixed_noise_loss(model: Path, dataset: Path, lora: Path | None) -> float:
     trainable = Lora(LoraSettings(rank=rank, alpha=alpha, dropout=0.0, rates=rates, seed=0))
     trainable.install(family)
     trainable.load(weights)
+    return loss_of(family, trainable, dataset)
+
+
+def loss_of(family: Family, trainable: Trainable, dataset: Path) -> float:
+    """The same of a model in which `trainable` is installed."""
     objective = Denoise(family, trainable, Device(torch.device("cpu"), "no"))
     index = read_index(dataset)
     losses = []

@@ -14,12 +14,16 @@ from sd_train.errors import ConfigError
 NAMES = (Path(__file__).parent / "data" / "config_sd_scripts_names.txt").read_text(encoding="utf-8").split()
 OURS = {
     "allow_missing_captions", "bucket_policy", "cache_caption_variants", "cache_dir", "cache_latents_sample",
-    "caption_column", "log_norms_every_n_steps", "output_lora_format", "overwrite", "sdxl", "skip_broken_images",
-    "trust_index", "unmasked_weight", "verify_images",
+    "caption_column", "output_lora_format", "overwrite", "sdxl", "skip_broken_images", "trust_index",
+    "unmasked_weight", "verify_images", "use_ema", "ema_decay", "ema_device", "sample_ema", "xti", "prior_preservation",
+    "class_prompt", "log_norms_every_n_steps", "timestep_sampling", "soft_min_snr_gamma",
+    "p2_gamma", "p2_k", "dream_training", "dream_detail_preservation", "save_best", "validation_patience",
 }  # fmt: skip
 # An empty optimizer_type means AdamW in sd-scripts; network_module must be given there.
+# What save_model_as is when it is not given depends on the command there too.
 OTHER_DEFAULTS = {
-    "v_parameterization", "optimizer_type", "network_module", "network_args", "optimizer_args", "lr_scheduler_args",
+    "v_parameterization", "optimizer_type", "network_module", "network_args", "optimizer_args", "base_weights",
+    "base_weights_multiplier", "save_model_as", "lr_scheduler_args",
 }  # fmt: skip
 UNSET = {"flag": False, "int": 0, "float": 0.0, "text": "", "list": []}
 REAL = {"flag": True, "int": 3, "float": 0.7, "text": "something", "list": ["something"]}

@@ -27,6 +27,8 @@ RULED = {  # options that rules between options or the file system restrict
     "output_dir", "logging_dir", "cache_dir", "train_data_dir", "reg_data_dir", "in_json",
     "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "log_tracker_config", "log_tracker_name",
     "huggingface_repo_id", "huggingface_path_in_repo", "wandb_api_key", "huggingface_token",
+    "base_weights", "weights", "save_model_as",
+    "dim_from_weights", "network_module", "prior_preservation", "stop_text_encoder_training", "token_string",
 }  # fmt: skip
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 ARGUMENTS = st.dictionaries(
@@ -36,6 +38,9 @@ ARGUMENTS = st.dictionaries(
 )
 SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "optimizer_args": ARGUMENTS,
+    "num_vectors_per_token": st.integers(1, 75),
+    "base_weights_multiplier": st.lists(st.floats(-2, 2), max_size=3).map(tuple),
+    "block_lr": st.lists(st.floats(1e-9, 1), min_size=23, max_size=23).map(tuple),
     "resolution": st.tuples(st.integers(64, 4096), st.integers(64, 16384)),
     "lr_warmup_steps": st.integers(0, 10**6) | st.floats(1e-6, 0.999),
     "lr_scheduler": st.just("linear"),
@@ -60,15 +65,18 @@ def strategy(option: Option) -> st.SearchStrategy[Any]:
     return number[option.kind]
 
 
+COMMANDS = ("train_network", "fine_tune", "train_db", "train_textual_inversion")
+MAY_BE_EMPTY = ("logging", "metadata", "full")
+"""Groups all of whose options may be left out."""
 CHANGES = st.fixed_dictionaries(
     {}, optional={name: strategy(option) for name, option in options().items() if name not in RULED or name in SPECIAL}
 )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=CHANGES)
+@given(changes=CHANGES, command=st.sampled_from(COMMANDS))
 def test_dumped_text_resolves_to_an_equal_config(
-    changes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    changes: dict[str, Any], command: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
     (folder / "dataset.toml").write_text("", encoding="utf-8")
@@ -79,16 +87,19 @@ def test_dumped_text_resolves_to_an_equal_config(
     }
     if changes.get("lr_warmup_steps"):
         changes["lr_scheduler"] = "linear"
-    values = required | changes
+    if command == "train_textual_inversion":
+        required["token_string"] = "sks"
+    values = required | {name: value for name, value in changes.items() if options()[name].belongs_to(command)}
     groups: dict[str, Any] = {
         group: model.model_validate({name: values[name] for name in model.model_fields if name in values})
         for group, model in GROUPS.items()
     }
-    config = RunConfig(command="train_network", origins={}, **groups)
+    config = RunConfig(command=command, origins={}, **groups)
     text = dump_toml(config)
-    assert all(f"\n# {group}\n" in text for group in GROUPS if group not in ("logging", "metadata"))
+    own = {group for group, model in GROUPS.items() if not model.commands or command in model.commands}
+    assert all((f"\n# {group}\n" in text) == (group in own) for group in GROUPS if group not in MAY_BE_EMPTY)
     (folder / "again.toml").write_text(text, encoding="utf-8", newline="\n")
-    assert load_run_config("train_network", ["--config_file", str(folder / "again.toml")]).config == config
+    assert load_run_config(command, ["--config_file", str(folder / "again.toml")]).config == config
 
 
 def test_models_are_frozen_and_forbid_unknown_names() -> None:
@@ -104,7 +115,7 @@ def test_schema_describes_every_option() -> None:
     for name, option in options().items():
         entry = schema["properties"][name]
         assert entry["description"]
-        if option.default not in (None, {}):
+        if option.default not in (None, {}, ()):
             assert entry["default"] == option.default
         if len(option.choices) > 1:
             assert set(entry["enum"]) == set(option.choices)

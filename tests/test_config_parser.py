@@ -61,7 +61,7 @@ class TestCommandLine:
         message = refused(
             *words("--max_train_stpes 3 --max_train 3 --seed abc --train_batch_size 0 --mixed_precision fp61"),
             *words("--torch_compile --deepspeed --sample_every_n_steps 5 --output_name --cache_latents yes"),
-            *words("--network_args conv_dim=4"),
+            *words("--network_args conv_dim=x"),
         )
         for expected in (
             "--max_train_stpes = '3': is no option; did you mean max_train_steps?",
@@ -74,7 +74,7 @@ class TestCommandLine:
             "--sample_every_n_steps: there are no prompts",
             "--output_name: needs a value",
             "--cache_latents = 'yes': is a switch",
-            "conv_dim: not yet supported",
+            "conv_dim = 'x': must be a whole number from 1 to 16384; write for example conv_dim=8",
         ):
             assert expected in message
         assert message.startswith("13 problems:")
@@ -114,9 +114,9 @@ class TestCommandLine:
             ("--resolution 512,0", "--resolution"),
             ("--learning_rate nan", "--learning_rate"),
             ("--learning_rate -1", "must be a number >= 0"),
-            ("--save_model_as ckpt", "is not yet supported; write safetensors"),
+            ("--save_model_as diffusers", "are never that; write safetensors or ckpt or pt"),
             ("--log_with comet_ml --logging_dir logs", "must be one of: tensorboard, jsonl, wandb, all"),
-            ("--network_module lycoris.kohya", "is not yet supported; write networks.lora"),
+            ("--network_module networks.oft", "is not trained here; write lycoris.kohya with network_args"),
             ("--max_train_steps 0", "must be a whole number >= 1"),
             ("--max_train_steps 1000000001", "must be a whole number >= 1 and <= 1000000000"),
             ("--max_train_epochs 1000000001", "--max_train_epochs"),

@@ -60,7 +60,8 @@ def test_everything_named_changes_the_draw() -> None:
     base = draw(DrawSettings(7), 12, [0], SHAPE)
     assert (base.noise.shape, base.noise.dtype) == ((1, *SHAPE), torch.float32)
     assert (base.timesteps.shape, base.timesteps.dtype) == ((1,), torch.int64)
-    others = [draw(DrawSettings(seed), step, [place], SHAPE) for seed, step, place in ((8, 12, 0), (7, 13, 0), (7, 12, 1))]
+    changed = ((8, 12, 0), (7, 13, 0), (7, 12, 1))
+    others = [draw(DrawSettings(seed), step, [place], SHAPE) for seed, step, place in changed]
     noises = [base.noise, base.latent_noise]
     noises += [noise for other in others for noise in (other.noise, other.latent_noise)]
     flat = torch.stack([noise.flatten() for noise in noises])

@@ -131,9 +131,13 @@ def test_dora_gives_each_column_or_row_its_magnitude(axis: int) -> None:
 
 
 def test_algorithms_that_are_not_computed_say_so() -> None:
+    with pytest.raises(ModelError, match="oft_diag"):
+        change(one({"oft_diag": rand(2, 2, 2)}), rand(4, 4))
+    with pytest.raises(ModelError, match=r"blocks of shape \(3, 2, 2\) do not make up 4 outputs"):
+        change(one({"oft_blocks": rand(3, 2, 2)}), rand(4, 4))
     glora = one({name: rand(4, 4) for name in ("a1.weight", "a2.weight", "b1.weight", "b2.weight")})
-    with pytest.raises(ModelError, match="glora"):
-        change(glora, rand(4, 4))
+    with pytest.raises(ModelError, match="4 scales, the model's weight has 6 inputs"):
+        change(glora, rand(4, 6))
     with pytest.raises(ModelError, match=r"\(6, 5\).*\(7, 5\)"):
         change(one({UP: rand(6, 2), DOWN: rand(2, 5)}), rand(7, 5))
 

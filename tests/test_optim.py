@@ -65,7 +65,7 @@ class Regression:
     def __init__(self, precision: Any = "no", max_norm: float = 0.0) -> None:
         self.weight, self.unused = nn.Parameter(torch.full((3,), 0.5)), nn.Parameter(torch.ones(2))
         optimizer = make_optimizer("adamw", [{"params": [self.weight, self.unused], "lr": 0.1}], {"weight_decay": 0.0})
-        self.updater = Updater(Device(CPU, precision), optimizer, [self.weight, self.unused], max_norm)
+        self.updater = Updater(Device(CPU, precision), optimizer, [[self.weight, self.unused]], max_norm)
 
     def backward(self, rows: Tensor, samples: int) -> None:
         losses = (rows @ self.weight - 1).square()
@@ -92,7 +92,7 @@ def test_two_half_batches_equal_one_whole() -> None:
 def test_gradients_are_clipped_to_the_norm_that_is_given(max_norm: float, expected: float) -> None:
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
-    updater = Updater(Device(CPU, "no"), optimizer, parameters, max_norm)
+    updater = Updater(Device(CPU, "no"), optimizer, [parameters], max_norm)
     for step in range(1, 4):
         updater.backward(6 * parameters[0][0] + 8 * parameters[1][0])
         assert updater.step().item() == pytest.approx(10.0)
@@ -102,16 +102,32 @@ def test_gradients_are_clipped_to_the_norm_that_is_given(max_norm: float, expect
 
 def test_rates_are_set_by_group() -> None:
     problem = Problem("adamw")
-    parameters = [parameter for group in problem.groups for parameter in group.params.values()]
+    parameters = [list(group.params.values()) for group in problem.groups]
     updater = Updater(Device(CPU, "no"), problem.optimizer, parameters, 0.0)
-    updater.set_rates([0.25, 0.0])
+    updater.set_rates([0.25, 0.0], [True, True])
     assert [group["lr"] for group in problem.optimizer.param_groups] == [0.25, 0.0]
     before = problem.second.clone()
     updater.backward(problem.loss())
     updater.step()
     assert torch.equal(problem.second, before)
     with pytest.raises(ValueError, match="zip"):
-        updater.set_rates([0.25])
+        updater.set_rates([0.25], [True])
+
+
+def test_a_group_that_has_stopped_stays_as_it_is() -> None:
+    problem = Problem("adamw")
+    updater = Updater(
+        Device(CPU, "no"), problem.optimizer, [list(group.params.values()) for group in problem.groups], 0.0
+    )
+    for active in (True, True, False, False):
+        before, other = problem.second.clone(), problem.first.clone()
+        updater.set_rates([0.25, 0.25], [True, active])
+        updater.backward(problem.loss())
+        updater.step()
+        # Neither momentum nor weight decay moves it on.
+        assert torch.equal(problem.second, before) != active
+        assert problem.second.requires_grad == active
+        assert not torch.equal(problem.first, other)
 
 
 def test_fp16_gradients_are_scaled_and_overflows_skipped() -> None:
@@ -155,7 +171,7 @@ def test_the_scale_doubles_and_halves() -> None:
 RANK = """
 import sys, torch
 from torch import distributed, nn
-from sd_train.device import Device, Updater, compare_ranks, reduce_gradients
+from sd_train.device import Device, Updater, compare_ranks, gradient_of, reduce_gradients
 from sd_train.errors import RunError
 rank, store, target = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
@@ -167,12 +183,12 @@ for bucket in (1, 7, 1000):
     # Only one rank has this gradient, none has the last.
     params[1].grad = torch.ones(4) if rank else None
     params[2].grad = None
-    reduce_gradients(params, bucket)
+    reduce_gradients([gradient_of(p) for p in params], bucket)
     results.append([p.grad.tolist() for p in params])
 device = Device(torch.device("cpu"), "no", rank, 2)
 for parameter in params:
     parameter.grad = None
-updater = Updater(device, torch.optim.SGD(params, lr=1.0), params, 0.0)
+updater = Updater(device, torch.optim.SGD(params, lr=1.0), [params], 0.0)
 updater.backward((params[0] * (rank + 1)).sum())
 norm = updater.step()
 said = [device.any(rank == 1), device.any(False), device.shared(10 + rank), device.sum(torch.tensor(rank + 1.0)).item()]

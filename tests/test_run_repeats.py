@@ -171,6 +171,7 @@ def test_two_processes_train_what_one_accumulates(tiny_model: Path, tmp_path: Pa
     dataset = write_dataset(tmp_path / "d.toml", subset=subset, size=128)
     # Three batches in updates of two: one rank pads every second one.
     more = "--max_train_steps 4 --train_batch_size 2 --network_dropout 0.1 --save_every_n_epochs 1 --save_state"
+    more += " --use_ema --prior_preservation frozen --class_prompt cup"
     arguments = words(tiny_model, dataset, tmp_path / "two", more)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -184,6 +185,8 @@ def test_two_processes_train_what_one_accumulates(tiny_model: Path, tmp_path: Pa
     one = train(tiny_model, dataset, tmp_path / "one", more + " --gradient_accumulation_steps 2")
     assert set(tree(tmp_path / "two")) == set(tree(tmp_path / "one"))
     assert largest_difference(one, tmp_path / "two" / "lora.safetensors") < 2e-6
+    averages = (tmp_path / folder / "lora-ema.safetensors" for folder in ("one", "two"))
+    assert largest_difference(*averages) < 2e-6
 
 
 OFFLINE = """

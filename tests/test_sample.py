@@ -22,10 +22,11 @@ from torch import Tensor
 from sd_train.__main__ import main
 from sd_train.commands.sample import ChosenLora, SampleOptions, read_options
 from sd_train.commands.sample_pictures import load_model
+from sd_train.data.words import Words
 from sd_train.device import Device
 from sd_train.drawing import draw_pixels, make_grid, parameters_text, to_picture
 from sd_train.errors import ConfigError, ModelError
-from sd_train.families.embeddings import Words, install_embeddings, read_embedding, read_embeddings
+from sd_train.families.embeddings import install_embeddings, read_embedding, read_embeddings
 from sd_train.families.latent import LatentDiffusion
 from sd_train.prompts import CANONICAL_SAMPLERS, Prompt
 from sd_train.samplers import make_sampler
@@ -159,10 +160,8 @@ def test_with_an_embedding_too(kind: TinyKind, tmp_path: Path) -> None:
     prompt = Prompt("a photo, <thing> cat", "ugly <thing>", width=64, height=64, steps=6, scale=3.0, seed=1)
     expected = theirs(pipeline, prompt, EulerDiscreteScheduler)
     before = ours(family, prompt, "euler")
-    words = install_embeddings(read_embeddings([path]), family.text_encoders)
-    named = Prompt(
-        words.replace("a photo, MY-style cat"), words.replace("ugly my-style"), 64, 64, steps=6, scale=3.0, seed=1
-    )
+    install_embeddings(read_embeddings([path]), family)
+    named = Prompt("a photo, MY-style cat", "ugly my-style", 64, 64, steps=6, scale=3.0, seed=1)
     assert_same_picture(ours(family, named, "euler"), expected)
     assert float((before - expected).abs().max()) > 0.005
 
@@ -210,29 +209,31 @@ def test_diffusers_pairs_for_sdxl_are_one(tmp_path: Path) -> None:
         save_file({"<toy>": learned[role]}, tmp_path / f"{name}.safetensors")
     pair = [tmp_path / "toy_2.safetensors", tmp_path / "toy.safetensors"]
     with pytest.raises(ModelError, match="has vectors for one text encoder, and the model has 2"):
-        install_embeddings(read_embeddings(pair[1:]), family.text_encoders)
-    words = install_embeddings(read_embeddings(pair), family.text_encoders)
-    assert words.replace("a <toy>") == words.replace("a Toy")
+        install_embeddings(read_embeddings(pair[1:]), family)
+    install_embeddings(read_embeddings(pair), family)
     for role, encoder in family.text_encoders.items():
-        ids = encoder.tokenizer([words.replace("toy")], 1).ids[0, 0]
+        assert encoder.tokenizer(["a <toy>"], 1).ids.equal(encoder.tokenizer(["a Toy"], 1).ids)
+        ids = encoder.tokenizer(["toy"], 1).ids[0, 0]
         network: Any = encoder.network
         assert torch.equal(network.get_input_embeddings()(ids[1:3]), learned[role])
         assert ids[3] == encoder.tokenizer.tokenizer.eos_token_id
 
 
 def test_names_count_as_words_only() -> None:
-    tokens = {"cat": "<0>", "cat_2": "<1>", "my cat (new)": "<2>"}
-    pattern = re.compile(r"(?<!\w)(?:my\ cat\ \(new\)|cat_2|cat)(?!\w)", re.IGNORECASE)
-    words = Words(tokens, pattern)
-    assert words.replace("Cat, cats, bobcat,cat_2 (cat:1.2)").split() == "<0> , cats, bobcat, <1> ( <0> :1.2)".split()
-    assert words.used("a My Cat (new) and CAT") == ["my cat (new)", "cat"]
-    assert Words({}).replace("a cat") == "a cat"
+    words = Words({"cat": [0], "cat_2": [1], "my cat (new)": [2, 3]})
+    found = words.split(words.mark("Cat, cats, bobcat,cat_2 (cat:1.2)"))
+    assert found == [(0,), ", cats, bobcat,", (1,), " (", (0,), ":1.2)"]
+    assert words.used("a My  Cat (new) and CAT") == ["my cat (new)", "cat"]
+    assert words.split(words.mark("my cat (new)")) == [(2, 3)]
+    assert Words({}).split(Words({}).mark("a cat")) == ["a cat"]
 
 
 @pytest.mark.parametrize(
     ("tensors", "part"),
     [
-        ({f"IN0{layer}": torch.zeros(1, 64) for layer in (1, 2)} | {"MID": torch.zeros(1, 64)}, "XTI"),
+        ({name: torch.zeros(1, 64) for name in ("IN01", "IN02", "MID")}, "XTI.*for 3 blocks .*has 16"),
+        ({"IN04.clip_l": torch.zeros(1, 64), "MID.clip_g": torch.zeros(1, 32)}, "no whole extended"),
+        ({"IN04": torch.zeros(1, 64), "MID": torch.zeros(2, 64)}, "no whole extended"),
         ({"a": torch.zeros(1, 64), "b": torch.zeros(1, 64)}, "expected one table of vectors"),
         ({"clip_l": torch.zeros(2, 64), "clip_g": torch.zeros(1, 32)}, "same number"),
         ({"a": torch.zeros(1, 2, 64)}, "expected one table"),
@@ -245,7 +246,7 @@ def test_embeddings_that_do_not_fit(tmp_path: Path, tensors: Mapping[str, Tensor
     path = tmp_path / "bad.safetensors"
     save_file(dict(tensors), path)
     with pytest.raises(ModelError, match=part):
-        install_embeddings(read_embeddings([path]), fresh_tiny().text_encoders)
+        install_embeddings(read_embeddings([path]), fresh_tiny())
 
 
 def test_every_broken_embedding_is_told_at_once(tmp_path: Path) -> None:
@@ -330,8 +331,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog:
     # The same pictures from the same options, without the command.
     options = options_for(*words[1:])
     family = load_model(options, CPU)
-    embeddings = install_embeddings(read_embeddings(options.embeddings), family.text_encoders)
-    again = Prompt(embeddings.replace("a frog"), "blurry, low", 96, 64, steps=3, scale=2.0)
+    install_embeddings(read_embeddings(options.embeddings), family)
+    again = Prompt("a frog", "blurry, low", 96, 64, steps=3, scale=2.0)
     assert (to_picture(draw_pixels(family, again, "euler", 2**64 - 1)) == pixels).all()
     grid, _ = shown(out / "grid-0000.png")
     assert grid.shape == (128, 192, 3)
@@ -401,7 +402,8 @@ def test_a_finished_run_is_looked_at(tmp_path: Path) -> None:
     config.parent.mkdir()
     folder = json.dumps(str(config.parent))
     config.write_text(
-        f'# model\npretrained_model_name_or_path = "base.safetensors"\nclip_skip = 2\nv2 = true\n'
+        f'network_module = "networks.lora"\npretrained_model_name_or_path = "base.safetensors"\nclip_skip = 2\n'
+        f'# model\nv2 = true\n'
         f'output_dir = {folder}\noutput_name = "cat"\nsave_model_as = "safetensors"\nmixed_precision = "bf16"\n'
         f'sample_prompts = {json.dumps(str(prompts))}\nsample_sampler = "euler_a"\nlearning_rate = 0.1\n'
     )

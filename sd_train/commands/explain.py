@@ -24,7 +24,7 @@ from the seed and the dataset, so give --seed as the training has it (a run prin
 NAME-config.toml, which --config_file reads).
 
   IMAGE      path of the image, or its file name; FILE.parquet/ROW for an image inside a parquet file
-  COMMAND    train_network, sdxl_train_network
+  COMMAND    train_network, fine_tune, train_db, train_textual_inversion, or one of sd-scripts' other names for them
   --most N   at most so many times; default 20
   --json     print it as JSON, without the limit unless --most is given
 
@@ -68,7 +68,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"explain: {given!r} is no training command; write sd-train explain IMAGE train_network ...")
     from sd_train.entry import load_config
 
-    config = load_config("train_network", [*TRAINING_COMMANDS[words[1]], *words[2:]])
+    command, *added = TRAINING_COMMANDS[words[1]]
+    config = load_config(command, [*added, *words[2:]])
     from sd_train.plan import prepare
     from sd_train.report import say_line
 

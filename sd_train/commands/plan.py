@@ -13,7 +13,7 @@ USAGE = """usage: sd-train plan COMMAND [--json] [OPTIONS OF THE COMMAND]
 Say what `sd-train COMMAND OPTIONS` would do, without loading the model and without training: datasets, images,
 repeats, buckets and what they cut off, batches and updates, saves with their sizes, sample pictures, disk, warnings.
 
-  COMMAND   train_network, sdxl_train_network
+  COMMAND   train_network, fine_tune, train_db, train_textual_inversion, or one of sd-scripts' other names for them
   --json    print everything, image by image, as JSON
 
 For instance: sd-train plan train_network --config_file run.toml
@@ -21,9 +21,18 @@ For instance: sd-train plan train_network --config_file run.toml
 For several processes, ask as they are started: torchrun --nproc_per_node 2 -m sd_train plan train_network ..."""
 
 TRAINING_COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"train_network": (), "sdxl_train_network": ("--sdxl",)}
+    {
+        "train_network": ("train_network",),
+        "sdxl_train_network": ("train_network", "--sdxl"),
+        "fine_tune": ("fine_tune",),
+        "sdxl_train": ("fine_tune", "--sdxl"),
+        "train_db": ("train_db",),
+        "train_textual_inversion": ("train_textual_inversion",),
+        "sdxl_train_textual_inversion": ("train_textual_inversion", "--sdxl"),
+        "train_textual_inversion_XTI": ("train_textual_inversion", "--xti"),
+    }
 )
-"""What each command gives to `train_network`."""
+"""The command whose options each one takes, and what it adds to them."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
         )
     from sd_train.entry import load_config
 
-    config = load_config("train_network", [*TRAINING_COMMANDS[words[0]], *words[1:]])
+    command, *added = TRAINING_COMMANDS[words[0]]
+    config = load_config(command, [*added, *words[1:]])
     from sd_train.plan import prepare
     from sd_train.plan_report import describe, describe_outputs, disk_warnings, plan_json
     from sd_train.plan_warnings import plan_warnings

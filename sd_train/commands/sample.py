@@ -19,7 +19,7 @@ from sd_train.prompts import CANONICAL_SAMPLERS, SAMPLER_NAMES, Prompt, load_pro
 Value = TypeVar("Value", str, int, bool)
 
 Precision = Literal["no", "fp16", "bf16"]
-_PRECISIONS = ("no", "fp16", "bf16")
+PRECISIONS = ("no", "fp16", "bf16")
 
 MOST_PICTURES = 10_000
 """Of one prompt."""
@@ -89,19 +89,31 @@ class _Run:
         """The text of option `name`; None if it is empty or not there."""
         return self.value(name, str, problems) or None
 
-    def lora(self, problems: Problems) -> ChosenLora | None:
-        """The file that the training saved last."""
+    @property
+    def kind(self) -> Literal["lora", "embedding", "model"]:
+        """What it trains."""
+        if "token_string" in self.options:
+            return "embedding"
+        return "lora" if "network_module" in self.options else "model"
+
+    def trained(self, problems: Problems) -> Path | None:
+        """The file, or folder of a whole model, that the training saved last."""
         folder = self.text("output_dir", problems)
         if folder is None:
             return None
-        extension = self.text("save_model_as", problems) or "safetensors"
-        names = FileNames(Path(folder), self.text("output_name", problems), f".{extension}")
-        path = names.model(names.last)
-        if not path.is_file():
-            way_out = "name one with --lora, or go into the folder that the training was started from"
-            problems.add("--config_file", None, f"its training has left no {path}", way_out)
-            return None
-        return ChosenLora(path)
+        form = self.text("save_model_as", problems)
+        extensions = [f".{form or 'safetensors'}"]
+        if self.kind == "model" and (form is None or form.startswith("diffusers")):
+            extensions = [".safetensors", ""]
+        # An embedding is called by its word.
+        name = self.text("output_name", problems) or self.text("token_string", problems)
+        every = [FileNames(Path(folder), name, extension) for extension in extensions]
+        paths = [names.model(names.last) for names in every]
+        if (found := next((path for path in paths if path.exists()), None)) is None:
+            option = "MODEL" if self.kind == "model" else f"--{self.kind}"
+            way_out = f"name one with {option}, or go into the folder that the training was started from"
+            problems.add("--config_file", None, f"its training has left no {paths[0]}", way_out)
+        return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,14 +148,21 @@ def read_options(argv: Sequence[str]) -> SampleOptions:
     given = _parser().parse_args(_signed(argv))
     problems = Problems()
     run = _Run.read(given.config_file, problems) if given.config_file is not None else _Run({})
+    given_apart = {"lora": given.lora, "embedding": given.embedding, "model": given.model}[run.kind]
+    trained = None if given_apart else run.trained(problems)
     model = given.model or run.text("pretrained_model_name_or_path", problems)
+    if trained is not None and run.kind == "model":
+        model = str(trained)
     if model is None:
         problems.add("MODEL", None, "there is none", "write it first: sd-train sample model.safetensors --prompt ...")
     of_file: list[str] = []
     prompts = _prompts(given, run, problems, of_file)
     loras = tuple(lora for text in given.lora if (lora := _lora(text, problems)))
-    if not given.lora and (trained := run.lora(problems)) is not None:
-        loras = (trained,)
+    embeddings = tuple(given.embedding)
+    if trained is not None and run.kind == "embedding":
+        embeddings = (trained,)
+    elif trained is not None and run.kind == "lora":
+        loras = (ChosenLora(trained),)
     for path in given.embedding:
         if not path.is_file():
             problems.add("--embedding", str(path), "there is no such file", "check the path")
@@ -156,10 +175,10 @@ def read_options(argv: Sequence[str]) -> SampleOptions:
     if clip_skip is not None and clip_skip < 1:
         problems.add("--clip_skip", clip_skip, "must be 1 or more", "leave it out, or write e.g. --clip_skip 2")
     precision = given.mixed_precision or run.text("mixed_precision", problems) or "no"
-    if precision not in _PRECISIONS:
-        problems.add("--mixed_precision", precision, f"must be {' or '.join(_PRECISIONS)}", "correct it")
+    if precision not in PRECISIONS:
+        problems.add("--mixed_precision", precision, f"must be {' or '.join(PRECISIONS)}", "correct it")
     output_dir = given.output_dir or Path(run.text("output_dir", problems) or ".") / "samples"
-    _check_folder(output_dir, problems)
+    check_folder(output_dir, problems)
     v_prediction = given.v_parameterization
     if v_prediction is None:
         v_prediction = run.value("v_parameterization", bool, problems)
@@ -171,7 +190,7 @@ def read_options(argv: Sequence[str]) -> SampleOptions:
         model=model,
         prompts=prompts,
         loras=loras,
-        embeddings=tuple(given.embedding),
+        embeddings=embeddings,
         output_dir=output_dir,
         sampler=sampler.lower(),
         count=given.count,
@@ -185,7 +204,7 @@ def read_options(argv: Sequence[str]) -> SampleOptions:
     )
 
 
-def _check_folder(path: Path, problems: Problems) -> None:
+def check_folder(path: Path, problems: Problems) -> None:
     """Whether files can be written to `path`, which need not exist yet."""
     whole = path.absolute()
     there = next((place for place in (whole, *whole.parents) if place.exists()), whole)
@@ -208,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "a .safetensors or .ckpt file, a diffusers folder, or a hub id (owner/name)"
     add("model", metavar="MODEL", nargs="?", help=about)
     add("--config_file", metavar="FILE.toml", type=Path, help="NAME-config.toml of a finished training: its model, "
-        "prompts and LoRA, and samples in its output_dir, unless given here")  # fmt: skip
+        "prompts and what it trained, and samples in its output_dir, unless given here")  # fmt: skip
     shown = parser.add_argument_group("what is shown")
     add = shown.add_argument
     add("--prompt", metavar="TEXT", nargs="+", action="extend", default=[], help="prompts; options may follow in the "
@@ -233,10 +252,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora", metavar="FILE[:MULTIPLIER]", nargs="+", action="extend", default=[], help="LoRA or LyCORIS files of "
         "kohya, diffusers, PEFT or LyCORIS (multiplier: default 1)")  # fmt: skip
     add("--embedding", metavar="FILE", nargs="+", action="extend", default=[], type=Path, help="textual inversion "
-        "files of sd-scripts, A1111 or diffusers; prompts call each by its file's name")  # fmt: skip
+        "files (also XTI) of sd-scripts, A1111 or diffusers; prompts call each by its file's name or word")  # fmt: skip
     add("--vae", metavar="PATH", help="autoencoder in place of the model's own: a file, a folder or a whole model")
     add("--clip_skip", metavar="N", type=int, help="the text encoder's n-th layer from the end, as A1111 counts")
-    add("--mixed_precision", choices=_PRECISIONS, help="precision of the arithmetic (default no)")
+    add("--mixed_precision", choices=PRECISIONS, help="precision of the arithmetic (default no)")
     add("--v2", action="store_true", help="the model is a Stable Diffusion 2.x one; it is recognised without")
     add("--sdxl", action="store_true", help="the model is an SDXL one; it is recognised without")
     add("--v_parameterization", action="store_const", const=True, help="the model predicts v")

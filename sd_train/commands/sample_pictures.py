@@ -21,11 +21,12 @@ from tqdm import tqdm
 from sd_train import __version__
 from sd_train.build import quiet_libraries
 from sd_train.commands.sample import ChosenLora, SampleOptions
+from sd_train.data.words import Words
 from sd_train.device import Device, open_device
 from sd_train.drawing import Picture, draw_pixels, make_grid, parameters_text, save_picture, to_picture
 from sd_train.errors import ModelError, RunError, UserError
 from sd_train.families.base import Family
-from sd_train.families.embeddings import Embedding, Words, install_embeddings, read_embeddings
+from sd_train.families.embeddings import Embedding, install_embeddings, read_embeddings
 from sd_train.families.parts import ModelParts, ModelRequest, read_model
 from sd_train.families.registry import make_family
 from sd_train.families.sources import Part
@@ -118,30 +119,33 @@ def draw_all(options: SampleOptions) -> None:
     device = open_device(options.mixed_precision)
     embeddings = read_embeddings(options.embeddings)
     started = time.monotonic()
-    _say(f"loading {options.model}")
+    say(f"loading {options.model}")
     try:
-        family = load_model(options, device)
-        words = install_embeddings(embeddings, family.text_encoders)
+        with _in_our_words():
+            family = load_model(options, device)
         family.to(device.device, device.weight_dtype)
+        words = install_embeddings(embeddings, family)
     except (torch.OutOfMemoryError, MemoryError) as problem:
-        raise RunError(_reason(problem)) from None
-    _say(f"loaded in {time.monotonic() - started:.1f} s; on {device.device}")
+        raise RunError(reason_of(problem)) from None
+    say(f"loaded in {time.monotonic() - started:.1f} s; on {device.device}")
     _tell_idle(options, embeddings, words)
     tasks = _tasks(options, family)
     described = Described(options, embeddings, words)
     number = _next_number(options.output_dir, _NUMBERED)
     drawn: list[Picture | None] = []
     failed: list[str] = []
-    with _progress(tasks) as (show, on_step):
+    with progress(sum(task.prompt.steps for task in tasks)) as (show, on_step):
         for place, task in enumerate(tasks):
             began = time.monotonic()
             path = options.output_dir / f"{number:05d}-{task.seed}.png"
             try:
-                picture = _draw(family, task, options, words, device, on_step)
+                picture = to_picture(
+                    draw_pixels(family, task.prompt, options.sampler, task.seed, device.autocast, on_step)
+                )
                 save_picture(path, picture, described.text(task))
             except (UserError, RuntimeError, ValueError, MemoryError) as problem:
                 # Memory, a sampler that cannot so few steps, a disk: the other pictures may still come out.
-                failed.append(_reason(problem))
+                failed.append(reason_of(problem))
                 drawn.append(None)
                 show(f"{place + 1} of {len(tasks)}: not drawn ({failed[-1]})")
                 continue
@@ -155,22 +159,35 @@ def draw_all(options: SampleOptions) -> None:
     if options.grid:
         _save_grid(options, drawn, described.text(tasks[0]))
     if failed:
-        _say(f"warning: {len(failed)} of {len(tasks)} pictures could not be drawn ({failed[0]})")
+        say(f"warning: {len(failed)} of {len(tasks)} pictures could not be drawn ({failed[0]})")
 
 
-def _reason(problem: Exception) -> str:
+def reason_of(problem: Exception) -> str:
+    """What went wrong, in a line."""
     if isinstance(problem, torch.OutOfMemoryError | MemoryError):
         way_out = "use --mixed_precision fp16 or bf16, or smaller pictures, and close other programs"
         return f"out of memory ({str(problem).split('. ')[0]}); {way_out}"
     return str(problem).strip().split("\n")[0] or type(problem).__name__
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def request_of(options: SampleOptions) -> ModelRequest:
+    """Which model is asked for."""
+    return ModelRequest(
+        source=options.model,
+        v2=options.v2,
+        v_parameterization=options.v_parameterization,
+        sdxl=options.sdxl,
+        vae=options.vae,
+    )
 
 
 def load_model(options: SampleOptions, device: Device) -> Family:
@@ -179,25 +196,20 @@ def load_model(options: SampleOptions, device: Device) -> Family:
     Raises:
         ModelError: if there is none, or a LoRA does not fit it.
     """
-    request = ModelRequest(
-        source=options.model,
-        v2=options.v2,
-        v_parameterization=options.v_parameterization,
-        sdxl=options.sdxl,
-        vae=options.vae,
-    )
-    try:
-        parts = read_model(request)
-        family = make_family(_merged(parts, options.loras), device.weight_dtype)
-    except ModelError as problem:
-        raise ModelError(*map(_in_our_words, problem.problems)) from None
+    parts = read_model(request_of(options))
+    family = make_family(_merged(parts, options.loras), device.weight_dtype)
     family.configure(TextOptions(clip_skip=options.clip_skip))
     return family
 
 
-def _in_our_words(text: str) -> str:
-    """The trainer's options as ours."""
-    return text.replace("--pretrained_model_name_or_path", "MODEL")
+@contextmanager
+def _in_our_words() -> Iterator[None]:
+    """The trainer's options as ours, in what is wrong with the model."""
+    try:
+        yield
+    except ModelError as problem:
+        told = [text.replace("--pretrained_model_name_or_path", "MODEL") for text in problem.problems]
+        raise ModelError(*told) from None
 
 
 def _merged(parts: ModelParts, chosen: Sequence[ChosenLora]) -> ModelParts:
@@ -233,7 +245,7 @@ def _tell_idle(options: SampleOptions, embeddings: Sequence[Embedding], words: W
     for embedding in embeddings:
         # The second file of diffusers' pairs is called by the first one's name.
         if not {name.lower() for name in embedding.names} & used and not embedding.path.stem.endswith("_2"):
-            logger.warning("%s: no prompt calls it; write %s where it is meant", embedding.path, embedding.path.stem)
+            logger.warning("%s: no prompt calls it; write %s where it is meant", embedding.path, embedding.names[-1])
     if tags := [tag for text in texts for tag in _IN_PROMPT.findall(text)]:
         logger.warning("%s is read as text in prompts; give the file with --lora FILE:MULTIPLIER", tags[0])
 
@@ -252,25 +264,13 @@ def _tasks(options: SampleOptions, family: Family) -> list[Task]:
     return tasks
 
 
-def _draw(
-    family: Family,
-    task: Task,
-    options: SampleOptions,
-    words: Words,
-    device: Device,
-    on_step: Callable[[], object],
-) -> Picture:
-    prompt = replace(task.prompt, text=words.replace(task.prompt.text), negative=words.replace(task.prompt.negative))
-    return to_picture(draw_pixels(family, prompt, options.sampler, task.seed, device.autocast, on_step))
-
-
 @contextmanager
-def _progress(tasks: Sequence[Task]) -> Iterator[tuple[Callable[[str], None], Callable[[], object]]]:
-    """What shows a line, and what is called after each step: a bar where someone looks on."""
+def progress(steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[], object]]]:
+    """What shows a line, and what is called after each of `steps`: a bar where someone looks on."""
     if not sys.stderr.isatty():
-        yield _say, lambda: None
+        yield say, lambda: None
         return
-    with tqdm(total=sum(task.prompt.steps for task in tasks), unit="step", leave=False) as bar:
+    with tqdm(total=steps, unit="step", leave=False) as bar:
         yield bar.write, bar.update
 
 

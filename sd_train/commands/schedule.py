@@ -72,7 +72,7 @@ def take_output(words: Sequence[str]) -> tuple[Path, list[str]]:
 
 
 def _plot(command: str, words: Sequence[str], output: Path) -> None:
-    missing = _stand_ins(words)
+    missing = _stand_ins(command, words)
     config = _read_options(command, words, missing)
     # Only here: the drawing and the models take long to import, and wrong options must not wait for them.
     from sd_train.commands.schedule_plot import Plot, draw_plot
@@ -106,7 +106,7 @@ def _plot(command: str, words: Sequence[str], output: Path) -> None:
     say_line(f"{plot.title}: {output}")
 
 
-def _stand_ins(words: Sequence[str]) -> list[str]:
+def _stand_ins(command: str, words: Sequence[str]) -> list[str]:
     """Options that a training cannot do without and a picture of its rates can, where they are not given."""
     from sd_train.config.sources import read_command_line, read_config_file, with_suffix
 
@@ -124,14 +124,17 @@ def _stand_ins(words: Sequence[str]) -> list[str]:
         added += ["--pretrained_model_name_or_path", "no/model"]
     if given.isdisjoint(("dataset_config", "train_data_dir", "in_json")):
         added += ["--train_data_dir", "."]
+    if TRAINING_COMMANDS[command][0] == "train_textual_inversion" and "token_string" not in given:
+        added += ["--token_string", "no-word"]
     return added
 
 
 def _read_options(command: str, words: Sequence[str], missing: Sequence[str]) -> RunConfig:
     from sd_train.entry import load_config
 
+    trained, *added = TRAINING_COMMANDS[command]
     try:
-        return load_config("train_network", [*TRAINING_COMMANDS[command], *words, *missing])
+        return load_config(trained, [*added, *words, *missing])
     except ConfigError as error:
         # Of stand-ins nobody wants to hear.
         own = tuple(f"{flag}:" for flag in missing) + tuple(f"{flag} =" for flag in missing)
@@ -143,7 +146,7 @@ def _counted(config: RunConfig, missing: Sequence[str]) -> tuple[RunConfig, int,
     """The options as they act, the updates of the training, the rates above 0 by network role, and words about them."""
     from sd_train.families.registry import check_model
     from sd_train.optim.settle import settle
-    from sd_train.plan import learning_rates, prepare
+    from sd_train.plan import prepare, rates_of
     from sd_train.plan_data import model_request
 
     if config.training.max_train_epochs is not None:
@@ -158,7 +161,7 @@ def _counted(config: RunConfig, missing: Sequence[str]) -> tuple[RunConfig, int,
     roles = {"unet", "text_encoder", *(["text_encoder_2"] if config.model.sdxl else [])}
     with suppress(UserError):
         roles = set(check_model(model_request(config)).configs)
-    rates = {role: rate for role, rate in learning_rates(config).items() if role in roles}
+    rates = {role: rate for role, rate in rates_of(config).items() if role in roles}
     settled = settle(config, rates)
     return settled.config, config.training.max_train_steps, rates, settled.notes
 

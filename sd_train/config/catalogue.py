@@ -40,6 +40,12 @@ class Option:
     """0 means that the option is not given, as kohya_ss writes it."""
     secret: bool
     """A key or token: it is never shown and written nowhere."""
+    commands: tuple[str, ...] = ()
+    """The commands that have it; none: all."""
+
+    def belongs_to(self, command: str) -> bool:
+        """Whether `command` has the option."""
+        return not self.commands or command in self.commands
 
     @property
     def rule(self) -> str:
@@ -80,6 +86,7 @@ def _option(group: str, name: str, field: FieldInfo) -> Option:
         zero_is_unset=hint.zero_is_unset
         or (no_default and number is not None and (positive or bool(choices and 0 not in choices))),
         secret=part is SecretStr,
+        commands=hint.commands or GROUPS[group].commands,
     )
 
 

@@ -24,9 +24,10 @@ def dump_toml(config: RunConfig, names: Collection[str] | None = None) -> str:
     for group, model in GROUPS.items():
         values = getattr(config, group)
         entries = [
-            f"{name} = {_literal(value)}"
+            f"{name} = {_literal(name, value)}"
             for name in model.model_fields
-            if (value := getattr(values, name)) is not None
+            if options()[name].belongs_to(config.command)
+            and (value := getattr(values, name)) is not None
             and not isinstance(value, SecretStr)
             and (names is None or name in names)
         ]
@@ -38,7 +39,7 @@ def dump_toml(config: RunConfig, names: Collection[str] | None = None) -> str:
 def changed_options(before: str, after: str) -> list[str]:
     """What the training depends on and differs between two texts of `dump_toml`: `name: before -> after`."""
     old, new = tomllib.loads(before), tomllib.loads(after)
-    groups = ("model", "dataset", "network", "optimizer", "training", "noise", "loss")
+    groups = ("model", "dataset", "network", "full", "embedding", "optimizer", "training", "noise", "loss", "ema")
     names = [name for name, option in options().items() if option.group in groups and name != "debug_dataset"]
     return [
         f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}"
@@ -98,7 +99,8 @@ def _text(value: str) -> str:
     return '"' + "".join(map(_escaped, value)) + '"'
 
 
-def _literal(value: object) -> str:
+def _literal(name: str, value: object) -> str:
+    """`value` of the option `name` in TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -106,7 +108,9 @@ def _literal(value: object) -> str:
     if isinstance(value, str | Path):
         return _text(str(value))
     if isinstance(value, tuple):
+        if options()[name].kind == "list":
+            return "[" + ", ".join(_literal(name, item) for item in value) + "]"
         return _text(",".join(map(str, value)))
     if isinstance(value, Mapping):
-        return "[" + ", ".join(_text(f"{name}={argument!r}") for name, argument in value.items()) + "]"
+        return "[" + ", ".join(_text(f"{key}={argument!r}") for key, argument in value.items()) + "]"
     raise TypeError(f"no TOML for {type(value).__name__}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -30,6 +30,9 @@ class Group(BaseModel):
     """A group of options: frozen, unknown names forbidden, strict except that a number may be written as text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    commands: ClassVar[tuple[str, ...]] = ()
+    """The commands that have these options; none: all. A field's own hint narrows it."""
 
     @field_validator("*", mode="before")
     @classmethod

@@ -31,10 +31,10 @@ def help_text(command: str) -> str:
         "  --help, --version",
     ]
     for group, model in GROUPS.items():
-        lines += ["", f"{group}: {model.__doc__}"]
-        for option in options().values():
-            if option.group == group:
-                lines += [f"  --{option.name} {_shown(option)}".rstrip(), *_paragraph(_described(option), width)]
+        own = [option for option in options().values() if option.group == group and option.belongs_to(command)]
+        lines += ["", f"{group}: {model.__doc__}"] if own else []
+        for option in own:
+            lines += [f"  --{option.name} {_shown(option)}".rstrip(), *_paragraph(_described(option), width)]
     counts = _counts()
     closing = (
         f"sd-scripts has {counts['not_yet']} more options that are not yet supported and {counts['refused']} that are"

@@ -15,17 +15,27 @@ from sd_train.config.output_options import (
     SamplingOptions,
     SavingOptions,
 )
-from sd_train.config.training_options import NetworkOptions, OptimizerOptions, TrainingOptions
+from sd_train.config.training_options import (
+    EmaOptions,
+    EmbeddingOptions,
+    FullOptions,
+    NetworkOptions,
+    OptimizerOptions,
+    TrainingOptions,
+)
 
 GROUPS: Mapping[str, type[Group]] = {
     "model": ModelOptions,
     "dataset": DatasetOptions,
     "network": NetworkOptions,
+    "full": FullOptions,
+    "embedding": EmbeddingOptions,
     "optimizer": OptimizerOptions,
     "training": TrainingOptions,
     "noise": NoiseOptions,
     "loss": LossOptions,
     "validation": ValidationOptions,
+    "ema": EmaOptions,
     "saving": SavingOptions,
     "sampling": SamplingOptions,
     "logging": LoggingOptions,
@@ -39,15 +49,18 @@ class RunConfig:
     """One run's options, resolved. Two are equal if their values are, wherever these came from."""
 
     command: str
-    """Name of the entry point, `train_network`."""
+    """Name of the entry point: train_network, fine_tune, train_db or train_textual_inversion."""
     model: ModelOptions
     dataset: DatasetOptions
     network: NetworkOptions
+    full: FullOptions
+    embedding: EmbeddingOptions
     optimizer: OptimizerOptions
     training: TrainingOptions
     noise: NoiseOptions
     loss: LossOptions
     validation: ValidationOptions
+    ema: EmaOptions
     saving: SavingOptions
     sampling: SamplingOptions
     logging: LoggingOptions

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, SecretStr
 
 from sd_train.config.group import Group
-from sd_train.config.values import FolderName, Hint, LaxPath
+from sd_train.config.values import FolderName, LaxPath
 
 
 class SavingOptions(Group):
@@ -17,10 +17,12 @@ class SavingOptions(Group):
     output_name: str | None = Field(None, description="Name of the saved files without extension; not given: last.")
     overwrite: bool = Field(False, description="Replace the files of an earlier run of the same name in output_dir.")
     save_precision: Literal["float", "fp16", "bf16"] | None = Field(
-        None, description="Precision of the saved weights; not given: float."
+        None, description="Precision of the saved weights; not given: float, and what was not trained as it was."
     )
-    save_model_as: Annotated[Literal["safetensors"], Hint(later=("ckpt", "pt"))] = Field(
-        "safetensors", description="Format of the saved files."
+    save_model_as: Literal["safetensors", "ckpt", "pt", "diffusers", "diffusers_safetensors"] | None = Field(
+        None,
+        description="Format of the saved files: networks and embeddings safetensors (also if not given), ckpt or pt; "
+        "whole models safetensors, ckpt, or a folder as diffusers has it (if not given, as the model came).",
     )
     save_every_n_epochs: int | None = Field(None, ge=1, description="Save after every n-th epoch.")
     save_every_n_steps: int | None = Field(None, ge=1, description="Save after every n-th update.")

@@ -17,6 +17,7 @@ from sd_train.config.compat import HANDLED_BY_PARSER, SHORTHANDS, known_options
 from sd_train.config.dump import dump_toml, non_default_names
 from sd_train.config.group import Group
 from sd_train.config.help import help_text
+from sd_train.config.objective_rules import check_objective
 from sd_train.config.options import GROUPS, RunConfig
 from sd_train.config.output_rules import check_outputs
 from sd_train.config.rules import Chosen, check_rules, missing_model
@@ -67,11 +68,13 @@ def load_run_config(command: str, argv: Sequence[str], checks: Mapping[str, Chec
     given = _merge(line, problems)
     warnings: list[str] = []
     given = _without_unsupported(given, problems, warnings)
+    given = _without_foreign(command, given, problems, warnings)
     _expand_shorthands(given, problems, warnings)
     groups, valid = _validate(given, problems)
-    chosen = Chosen(valid, given)
+    chosen = Chosen(command, valid, given)
     check_rules(chosen, problems, warnings)
     check_outputs(chosen, problems, warnings)
+    check_objective(chosen, problems, warnings)
     if problems.found:
         for name, check in (checks or {}).items():
             if chosen.valid(name) and (wrong := check(valid[name])) is not None:
@@ -167,6 +170,23 @@ def _without_unsupported(given: Mapping[str, Given], problems: Problems, warning
             rule = "is not yet supported" if known.status == "not_yet" else "is refused"
             problems.add(entry.where(name), entry.value, rule, known.note)
     return supported
+
+
+def _without_foreign(
+    command: str, given: Mapping[str, Given], problems: Problems, warnings: list[str]
+) -> dict[str, Given]:
+    """`given` without the options that only other commands have: wrong as flags, in files a word (sd-scripts: none)."""
+    own: dict[str, Given] = {}
+    for name, entry in given.items():
+        option = options().get(name)
+        if option is None or option.belongs_to(command):
+            own[name] = entry
+        elif entry.origin.startswith("--"):
+            way_out = f"it belongs to {' and '.join(option.commands)}; remove it"
+            problems.add(entry.where(name), entry.value, f"{command} has no such option", way_out)
+        elif entry.value and entry.value != option.default:
+            warnings.append(f"{entry.where(name)} has no effect: it belongs to {' and '.join(option.commands)}")
+    return own
 
 
 def _expand_shorthands(given: dict[str, Given], problems: Problems, warnings: list[str]) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sd_train.config.group import Group
-from sd_train.config.values import Arguments, Hint, LaxPath, NetworkArguments, SingleRate, WarmupSteps
+from sd_train.config.lycoris_args import refuse_network
+from sd_train.config.values import Arguments, BlockRates, Factors, Hint, LaxPath, Paths, SingleRate, WarmupSteps
 
 
 class NetworkOptions(Group):
     """The LoRA: which modules it has and how they learn."""
 
+    commands: ClassVar[tuple[str, ...]] = ("train_network",)
+
     network_module: Annotated[
-        Literal["networks.lora"],
-        Hint(later=("networks.dylora", "networks.lora_fa", "networks.oft", "lycoris.kohya")),
-    ] = Field("networks.lora", description="Kind of network.")
+        Literal["networks.lora", "lycoris.kohya", "networks.dylora", "networks.loha", "networks.lokr"],
+        BeforeValidator(refuse_network),
+    ] = Field("networks.lora", description="Kind of network; all but networks.lora need the package lycoris-lora.")
     network_dim: int | None = Field(None, ge=1, le=16_384, description="Rank of the LoRA matrices; not given: 4.")
     network_alpha: float = Field(
         1.0, ge=0, le=1e6, description="The LoRA is scaled by network_alpha / network_dim; 0 means the rank (scale 1)."
@@ -24,10 +27,20 @@ class NetworkOptions(Group):
     network_dropout: float | None = Field(
         None, ge=0, lt=1, description="Probability that a value between the two LoRA matrices is dropped."
     )
-    network_args: NetworkArguments = Field(
-        default_factory=dict, description="Arguments of the network; none is supported yet."
+    network_args: Arguments = Field(
+        default_factory=dict, description="Arguments of the network: conv_dim=8 conv_alpha=4 (README: Networks)."
     )
     network_weights: LaxPath | None = Field(None, description="LoRA file to start from.")
+    dim_from_weights: bool = Field(
+        False, description="Take ranks and alphas of every module from network_weights, not from network_dim."
+    )
+    scale_weight_norms: float | None = Field(
+        None, gt=0, le=1e6, description="After each update, scale modules down whose change has a norm above this."
+    )
+    base_weights: Paths = Field((), description="LoRA files that are merged into the base model before the training.")
+    base_weights_multiplier: Factors = Field(
+        (), description="Strength of each of base_weights; where one is missing: 1."
+    )
     network_train_unet_only: bool = Field(False, description="Train the U-Net's LoRA modules only.")
     network_train_text_encoder_only: bool = Field(False, description="Train the text encoder's LoRA modules only.")
     unet_lr: float | None = Field(
@@ -88,6 +101,67 @@ class OptimizerOptions(Group):
     )  # fmt: skip
 
 
+class FullOptions(Group):
+    """The base model's own weights: which of them learn, and how fast."""
+
+    commands: ClassVar[tuple[str, ...]] = ("fine_tune", "train_db")
+
+    train_text_encoder: Annotated[bool, Hint(commands=("fine_tune",))] = Field(
+        False, description="Train the text encoder too."
+    )
+    learning_rate_te: float | None = Field(
+        None, ge=0, le=1e6, description="Learning rate of the text encoders; not given: learning_rate; 0: they stay."
+    )
+    learning_rate_te1: float | None = Field(
+        None, ge=0, le=1e6, description="Of SDXL's first text encoder; not given: learning_rate_te."
+    )
+    learning_rate_te2: float | None = Field(
+        None, ge=0, le=1e6, description="Of SDXL's second text encoder; not given: learning_rate_te."
+    )
+    stop_text_encoder_training: Annotated[int | None, Hint(zero_is_unset=True, commands=("train_db",))] = Field(
+        None, ge=-1, le=10**9, description="Train the text encoder for so many updates only; -1: not at all."
+    )
+    block_lr: BlockRates = Field(
+        None,
+        description="SDXL: 23 learning rates with commas between them, of the U-Net's embeddings, its 9 input blocks, "
+        "3 middle blocks, 9 output blocks and its end; 0 leaves a block as it is.",
+    )
+
+
+class EmbeddingOptions(Group):
+    """The new word of a textual inversion."""
+
+    commands: ClassVar[tuple[str, ...]] = ("train_textual_inversion",)
+
+    token_string: str | None = Field(
+        None, description="The word that is taught, as it stands in the captions [required]."
+    )
+    init_word: str | None = Field(
+        None, description="Word or words whose tokens the vectors start from, in order, from the first again where "
+        "they are too few; not given: random vectors of the usual size.",
+    )
+    num_vectors_per_token: int = Field(1, ge=1, le=75, description="Vectors that the word is made of.")
+    use_object_template: bool = Field(
+        False, description="In place of captions: sentences such as a photo of a WORD."
+    )
+    use_style_template: bool = Field(
+        False, description="In place of captions: sentences such as a painting in the style of WORD."
+    )
+    weights: LaxPath | None = Field(None, description="Embedding file to start from.")
+    xti: bool = Field(
+        False, description="Vectors of their own for each cross-attention block of the U-Net (Voynov et al. 2023)."
+    )
+
+
+class EmaOptions(Group):
+    """A moving average of what is trained."""
+
+    use_ema: bool = Field(False, description="Keep the average and save it beside the plain weights as NAME-ema.")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Share of the average that an update leaves; grows to it.")
+    ema_device: Literal["gpu", "cpu"] = Field("gpu", description="Where the average is kept.")
+    sample_ema: bool = Field(False, description="Make sample pictures with the average.")
+
+
 class TrainingOptions(Group):
     """Length, batch and precision of the training."""
 
@@ -111,6 +185,16 @@ class TrainingOptions(Group):
         description="Threads that prepare batches, at most one for each processor; 0: in the main thread.",
     )
     prior_loss_weight: float = Field(1.0, ge=0, le=1e6, description="Weight of the loss of regularisation images.")
+    prior_preservation: Annotated[
+        Literal["frozen"] | None, Hint(commands=("train_network", "fine_tune", "train_db"))
+    ] = Field(
+        None,
+        description="frozen: keep what the base model makes of class_prompt, without regularisation images; weighted "
+        "by prior_loss_weight.",
+    )
+    class_prompt: Annotated[str | None, Hint(commands=("train_network", "fine_tune", "train_db"))] = Field(
+        None, description="The class without the word that is taught, for prior_preservation: a photo of a dog."
+    )
     sdpa: bool = Field(False, description="Use PyTorch's attention; accepted for old files, it is the default.")
     xformers: bool = Field(
         False, description="Use xformers' attention on NVIDIA GPUs if it is installed, else PyTorch's."

@@ -11,16 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Strict, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-NETWORK_ARGS_OF_SD_SCRIPTS = (
-    "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
-    "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold", "rank_dropout", "module_dropout",
-    "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio", "dropout",
-)  # fmt: skip
-
-
 SMALLEST_SIDE = 64
 """Pixels: eight latents, which the U-Net of Stable Diffusion 1.x halves three times."""
 LARGEST_SIDE = 16_384
+
+BLOCK_RATES = 23
+"""Of SDXL's U-Net, as sd-scripts counts its blocks."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,8 @@ class Hint:
     """Choices that sd-scripts has and this version does not."""
     zero_is_unset: bool = False
     """0 means the default although the default is a number."""
+    commands: tuple[str, ...] = ()
+    """The commands that have the option; none: all."""
 
 
 def rejected(rule: str, way_out: str) -> PydanticCustomError:
@@ -131,16 +129,44 @@ def parse_arguments(value: object) -> dict[str, Any]:
     return arguments
 
 
-def parse_network_args(value: object) -> dict[str, Any]:
-    """Only the empty list is accepted in this version; a key is named as not yet supported or as unknown."""
-    arguments = parse_arguments(value)
-    if not arguments:
-        return arguments
-    later = [name for name in arguments if name in NETWORK_ARGS_OF_SD_SCRIPTS]
-    unknown = [name for name in arguments if name not in NETWORK_ARGS_OF_SD_SCRIPTS]
-    rules = [f"{', '.join(later)}: not yet supported"] if later else []
-    rules += [f"{', '.join(unknown)}: unknown to networks.lora"] if unknown else []
-    raise rejected("; ".join(rules), "remove it from network_args, which must be empty in this version")
+def parse_block_rates(value: object) -> tuple[float, ...] | None:
+    """`"1e-5,0,..."` or a list -> `BLOCK_RATES` learning rates."""
+    way_out = f"write {BLOCK_RATES} numbers from 0 on with commas between them"
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or any(isinstance(part, bool) for part in parts):
+        raise rejected("must be a list of numbers", way_out)
+    try:
+        rates = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        raise rejected("must be a list of numbers", way_out) from None
+    if len(rates) != BLOCK_RATES:
+        raise rejected(f"must be {BLOCK_RATES} numbers and has {len(rates)}", way_out)
+    if not all(0 <= rate < float("inf") for rate in rates):
+        raise rejected("must be numbers from 0 on", way_out)
+    return rates
+
+
+def parse_paths(value: object) -> tuple[Path, ...]:
+    """A path or a list of them."""
+    words = [value] if isinstance(value, str | Path) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str | Path) for word in words):
+        raise rejected("must be a list of paths", 'write ["first.safetensors", "second.safetensors"]')
+    return tuple(Path(word) for word in words if word != "")
+
+
+def parse_factors(value: object) -> tuple[float, ...]:
+    """A number or a list of them."""
+    words: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+    way_out = "write for example [0.5, 1.0]"
+    try:
+        numbers = tuple(float(word) for word in words if not isinstance(word, bool))
+    except (TypeError, ValueError):
+        raise rejected("must be a list of numbers", way_out) from None
+    if len(numbers) != len(words) or not all(abs(number) < float("inf") for number in numbers):
+        raise rejected("must be a list of finite numbers", way_out)
+    return numbers
 
 
 def parse_single_rate(value: object) -> object:
@@ -212,8 +238,31 @@ WarmupSteps = Annotated[
 Arguments = Annotated[
     Mapping[str, Any], BeforeValidator(parse_arguments), _ARGUMENTS_SCHEMA, Hint("list", "NAME=VALUE ...")
 ]
-NetworkArguments = Annotated[
-    Mapping[str, Any], BeforeValidator(parse_network_args), _ARGUMENTS_SCHEMA, Hint("list", "NAME=VALUE ...")
+BlockRates = Annotated[
+    tuple[float, ...] | None,
+    BeforeValidator(parse_block_rates),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^[^,]+(,[^,]+)+$"},
+                {"type": "array", "items": {"type": "number", "minimum": 0},
+                 "minItems": BLOCK_RATES, "maxItems": BLOCK_RATES},
+            ]
+        }
+    ),
+    Hint(shown="RATE,RATE,..."),
+]  # fmt: skip
+Paths = Annotated[
+    tuple[Path, ...],
+    BeforeValidator(parse_paths),
+    WithJsonSchema({"type": "array", "items": {"type": "string"}}),
+    Hint("list", "FILE ..."),
+]
+Factors = Annotated[
+    tuple[float, ...],
+    BeforeValidator(parse_factors),
+    WithJsonSchema({"type": "array", "items": {"type": "number"}}),
+    Hint("list", "NUMBER ..."),
 ]
 FolderName = Annotated[str | None, BeforeValidator(parse_folder_name)]
 SingleRate = Annotated[float | None, BeforeValidator(parse_single_rate), Hint("list", "NUMBER")]

@@ -51,7 +51,7 @@ def caption_of(text: str, enable_wildcard: bool) -> str:
 def process_caption(
     caption: str, subset: SubsetConfig, rng: random.Random, epoch: int, step: int, max_train_steps: int
 ) -> str:
-    """The prompt of one sample.
+    """The prompt of one sample; with `templates` it has nothing of the caption.
 
     Args:
         caption: as the index has it, several lines with `enable_wildcard`.
@@ -59,6 +59,8 @@ def process_caption(
         step: updates done, for the token warm-up.
         max_train_steps: where the training ends, for a warm-up given as a fraction.
     """
+    if subset.templates:
+        return rng.choice(subset.templates)
     if _dropped(subset, rng, epoch):
         return ""
     line = _line(caption, subset, rng)
@@ -88,7 +90,7 @@ def sample_caption(
             that `caption_variants` lists. Whether the caption is dropped is drawn for each sample either way.
     """
     rng = stream(seed, "caption", epoch, record.key, repeat)
-    if variants is None:
+    if variants is None or record.subset.templates:
         return process_caption(record.caption, record.subset, rng, epoch, step, max_train_steps)
     if _dropped(record.subset, rng, epoch):
         return ""
@@ -105,6 +107,8 @@ def caption_variants(record: ImageRecord, seed: int, variants: int | None, max_t
     All stages of a token warm-up are among them. None is for subsets of which `needs_variants` says no: there is one.
     """
     subset, found = record.subset, dict[str, None]()
+    if subset.templates:
+        return list(dict.fromkeys(subset.templates))
     if subset.caption_dropout_rate >= 1 or subset.caption_dropout_every_n_epochs == 1:
         return [""]
     for variant in range(variants or 1):
@@ -124,6 +128,7 @@ def caption_variants(record: ImageRecord, seed: int, variants: int | None, max_t
 def needs_variants(subset: SubsetConfig) -> str | None:
     """The option that makes an image's caption differ between samples; None if it is the same or dropped."""
     options = {
+        "use_object_template or use_style_template": bool(subset.templates),
         "shuffle_caption": subset.shuffle_caption,
         "enable_wildcard": subset.enable_wildcard,
         "caption_tag_dropout_rate": subset.caption_tag_dropout_rate > 0,

@@ -33,7 +33,7 @@ from sd_train.errors import ConfigError, Problems
 RENAMED_OPTIONS = {"dataset_repeats": "num_repeats", "train_batch_size": "batch_size"}
 FALLBACKS = {field.name for kind in (DatasetConfig, SubsetConfig) for field in fields(kind)} - {
     "image_dir", "metadata_file", "conditioning_data_dir", "is_reg", "class_tokens", "loss_weight",
-    "custom_attributes", "style", "subsets", "warnings", "origin",
+    "custom_attributes", "templates", "style", "subsets", "warnings", "origin",
 }  # fmt: skip
 """Keys that a run option of the same meaning stands behind."""
 METADATA_EXTENSIONS = (".json", ".jsonl", ".parquet")
@@ -60,6 +60,8 @@ class DatasetRequest:
     in_json: Path | None = None
     fallbacks: Mapping[str, object] = field(default_factory=dict)
     """Typed values of the command line by the names of the dataset file, None for unset."""
+    templates: tuple[str, ...] = ()
+    """Sentences in place of the captions of what is learned."""
     masked_loss: bool = False
     caches_latents: bool = False
     sdxl: bool = False
@@ -238,6 +240,7 @@ class _Reader:
             "caption_extension": extension if extension.startswith(".") else "." + extension,
             "class_tokens": None if tuned else values["class_tokens"],
             "alpha_mask": values["alpha_mask"] and values["conditioning_data_dir"] is None,
+            "templates": () if values.get("is_reg") else self.request.templates,
         }
         known = {field.name for field in fields(SubsetConfig)} & values.keys() - changed.keys()
         subset = SubsetConfig(**{name: values[name] for name in known}, **changed, origin=self.source.where(*place))

@@ -54,6 +54,8 @@ class SubsetConfig:
     """Weight of a pixel's loss where its mask is black."""
     resize_interpolation: Interpolation | None = None
     """None: area where no side grows, else Lanczos."""
+    templates: tuple[str, ...] = ()
+    """Sentences of which each sample has one in place of its caption."""
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
     """Where it is declared, for messages: file, line, table."""

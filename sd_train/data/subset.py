@@ -163,7 +163,7 @@ class SubsetReader:
             problems.add(subset.origin, None, f"{len(failed)} caption files cannot be used: "
                          + first_names([scan.caption_problems[row] for row in failed], "\n      "), "mend them")
         missing = self._wanted(np.flatnonzero(scan.states == CAPTION_NONE), files)
-        if len(missing):
+        if len(missing) and not subset.templates:
             others = {name: len(self._wanted(np.array(rows), files)) for name, rows in scan.other_captions.items()}
             self._note_missing(files, missing, others, problems, warnings)
         return files
@@ -274,7 +274,7 @@ class SubsetReader:
     ) -> None:
         """Entries of a metadata file without caption: an error, or a warning where that is allowed."""
         rows = self._wanted(np.flatnonzero(undescribed), files)
-        if not len(rows):
+        if not len(rows) or files.subset.templates:
             return
         subset = files.subset
         wanted = subset.caption_column or "caption, tags or text"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -58,8 +58,16 @@ class Family(Protocol):
         """How captions are encoded from now on."""
         ...
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Family:
-        """Move everything to `device`; what is trained or run in every step in `dtype`."""
+    def end_in_noise(self) -> None:
+        """Train, draw and save with zero terminal SNR from now on (Lin et al. 2023)."""
+        ...
+
+    def to(self, device: torch.device, dtype: torch.dtype, masters: Collection[str] = ()) -> Family:
+        """Move everything to `device`; what runs in every step in `dtype`, but the networks `masters` in float32."""
+        ...
+
+    def tensors(self, role: str) -> dict[str, Tensor]:
+        """The live weights of network `role` or "vae" under their published names."""
         ...
 
     def digest(self) -> str:
@@ -70,8 +78,8 @@ class Family(Protocol):
         """What determines the rows of `encode_images` or `encode_texts` beside their input: weights and settings."""
         ...
 
-    def lora_targets(self, role: str) -> list[LoraTarget]:
-        """What gets a LoRA in network `role`, under its published name."""
+    def lora_targets(self, role: str, convolutions: bool = False) -> list[LoraTarget]:
+        """What gets a LoRA in network `role`, under its published name; `convolutions`: as with `conv_dim`."""
         ...
 
     def module(self, role: str, path: str) -> nn.Module:

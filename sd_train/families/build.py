@@ -129,3 +129,9 @@ def published_tensors(role: str, network: nn.Module) -> dict[str, Tensor]:
     if role.startswith("text_encoder"):
         return {published_text_name(name): tensor for name, tensor in named if not name.endswith("position_ids")}
     return dict(named)
+
+
+def published_parameters(role: str, network: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of network `role`, the live ones, under its published name."""
+    renamed = published_text_name if role.startswith("text_encoder") else str
+    return {renamed(name): parameter for name, parameter in network.named_parameters()}

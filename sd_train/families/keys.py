@@ -123,6 +123,22 @@ def unet_modules(shape: UNetShape) -> list[ModuleName]:
     return names
 
 
+_BLOCK_FIRST = {"time_embed": 0, "label_emb": 0, "input_blocks": 1, "middle_block": 10, "output_blocks": 13, "out": 22}
+
+
+def unet_blocks(shape: UNetShape) -> dict[str, int]:
+    """The block of SDXL's U-Net, 0 to 22, that each module belongs to, by its published name (sd-scripts' numbers).
+
+    0: what is told beside the text; 1 to 9: input; 10 to 12: middle; 13 to 21: output; 22: the end.
+    """
+    found = {}
+    for module in unet_modules(shape):
+        first, number, *_ = module.original.split(".")
+        within = int(number) if first.endswith(("_block", "_blocks")) else 0
+        found[module.diffusers] = _BLOCK_FIRST[first] + within
+    return found
+
+
 def unet_shape_of(config: Mapping[str, Any]) -> UNetShape:
     """The names' shape from a diffusers U-Net configuration."""
     kinds, other_kinds = config["down_block_types"], config["up_block_types"]

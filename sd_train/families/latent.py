@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -95,14 +95,20 @@ class LatentDiffusion(ABC):
             encoder.layer = self._layer(options.clip_skip)
         self.options = options
 
+    def end_in_noise(self) -> None:
+        """Train, draw and save with zero terminal SNR from now on (Lin et al. 2023)."""
+        if not self.zero_terminal_snr:
+            self.schedule, self.zero_terminal_snr = self.schedule.zero_terminal_snr(), True
+            self.origin = replace(self.origin, zero_terminal_snr=True)
+
     def _layer(self, clip_skip: int | None) -> int:
         """Which hidden state from the end is used."""
         return clip_skip or 1
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move every network to `device`, U-Net and text encoders in `dtype`; the VAE stays float32."""
-        for network in self.networks.values():
-            network.to(device=device, dtype=dtype)
+    def to(self, device: torch.device, dtype: torch.dtype, masters: Collection[str] = ()) -> Self:
+        """Move every network to `device`, U-Net and text encoders in `dtype`; VAE and `masters` stay float32."""
+        for role, network in self.networks.items():
+            network.to(device=device, dtype=torch.float32 if role in masters else dtype)
         self.vae.to(device=device)
         self.schedule = self.schedule.to(device)
         return self

@@ -103,6 +103,8 @@ class ModelKind:
     in_channels: int
     configs: dict[str, dict[str, Any]]
     """Configuration of each part."""
+    form: Form
+    """Of the files that it comes from."""
 
 
 def read_model(request: ModelRequest) -> ModelParts:
@@ -138,7 +140,9 @@ def model_kind(request: ModelRequest) -> ModelKind:
     configs = {name: part.config for name, part in parts.parts.items()}
     multiple = 32 if parts.family.startswith("sdxl") else 64
     in_channels = configs["unet"]["in_channels"]
-    return ModelKind(parts.family, parts.prediction, parts.zero_terminal_snr, multiple, latent, in_channels, configs)
+    return ModelKind(
+        parts.family, parts.prediction, parts.zero_terminal_snr, multiple, latent, in_channels, configs, parts.form
+    )
 
 
 def _read_folder(request: ModelRequest, path: Path) -> ModelParts:

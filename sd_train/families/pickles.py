@@ -189,7 +189,9 @@ class _Pickler(pickle.Pickler):
         return None
 
 
-def write_pickled(path: Path, source: Tensors, metadata: Mapping[str, str] | None = None) -> None:
+def write_pickled(
+    path: Path, source: Tensors, metadata: Mapping[str, str] | None = None, *, bare: bool = False
+) -> None:
     """Write `source` as torch writes `{"state_dict": ..., "epoch": ..., "global_step": ...}`, one tensor after another.
 
     For use inside `write_whole`. The file is a zip archive with torch's names: `data.pkl` refers to the tensors' bytes,
@@ -199,6 +201,7 @@ def write_pickled(path: Path, source: Tensors, metadata: Mapping[str, str] | Non
         path: the file.
         source: what is written.
         metadata: `ss_epoch` and `ss_steps` become the two counts; all of it is kept under "metadata".
+        bare: the table of tensors alone, without metadata, as sd-scripts writes networks and embeddings.
 
     Raises:
         ModelError: if a tensor has a dtype that torch has no class for.
@@ -213,12 +216,12 @@ def write_pickled(path: Path, source: Tensors, metadata: Mapping[str, str] | Non
                 f"{path.name}: pickles hold no {kind} ({name}); give --save_precision or write .safetensors"
             )
         table[name] = _Placeholder(_Storage(str(place), source.dtype(name), math.prod(shape)), shape)
-    content = {
+    content: dict[str, Any] = dict(table) if bare else {
         "state_dict": table,
         "epoch": _count(entries, "ss_epoch"),
         "global_step": _count(entries, "ss_steps"),
         "metadata": entries,
-    }
+    }  # fmt: skip
     pickled = io.BytesIO()
     _Pickler(pickled, protocol=2).dump(content)
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

@@ -1,23 +1,61 @@
-"""How many numbers a LoRA has, from the headers of a model's files."""
+"""How many numbers a LoRA or a whole model has, from the headers of a model's files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from math import prod
 
 from sd_train.families.keys import text_lora_targets, unet_lora_targets, unet_shape_of
 from sd_train.families.parts import ModelParts, Part
 
-
-def lora_numbers(parts: ModelParts, rank: int) -> dict[str, int]:
-    """How many numbers a LoRA of `rank` has in each network of `parts` that can have one, by role."""
-    return {role: _numbers(role, part, rank) for role, part in parts.parts.items() if role != "vae"}
+RankOf = Callable[[str, str, bool], int]
+"""(network role, published path, whether it is a convolution with a kernel above 1x1) -> rank; 0: no module."""
 
 
-def _numbers(role: str, part: Part, rank: int) -> int:
+def lora_numbers(
+    parts: ModelParts, rank: int, rank_of: RankOf | None = None, convolutions: bool = False
+) -> dict[str, int]:
+    """How many numbers a LoRA has in each network of `parts` that can have one, by role.
+
+    Args:
+        parts: the model.
+        rank: of every linear layer and 1x1 convolution of the attentions.
+        rank_of: in place of it, where they differ.
+        convolutions: also of residual blocks and samplers.
+    """
+    rule = rank_of or (lambda role, path, wide: rank)
+    return {role: _numbers(role, part, rule, convolutions) for role, part in parts.parts.items() if role != "vae"}
+
+
+def _numbers(role: str, part: Part, rank_of: RankOf, convolutions: bool) -> int:
     if role == "unet":
-        targets = unet_lora_targets(unet_shape_of(part.config))
+        targets = unet_lora_targets(unet_shape_of(part.config), convolutions=convolutions)
     else:
         targets = text_lora_targets(part.config["num_hidden_layers"])
-    shapes = [part.tensors.shape(f"{target.path}.weight") for target in targets]
-    # down: [rank, in, kernel], up: [out, rank], alpha.
-    return sum(rank * (prod(shape[1:]) + shape[0]) + 1 for shape in shapes)
+    there, numbers = set(part.tensors.names()), 0
+    for target in targets:
+        # Only residual blocks whose width changes have a `conv_shortcut`.
+        if target.path.endswith("conv_shortcut") and f"{target.path}.weight" not in there:
+            continue
+        shape = part.tensors.shape(f"{target.path}.weight")
+        own = rank_of(role, target.path, prod(shape[2:]) > 1)
+        # down: [rank, in, kernel], up: [out, rank], alpha.
+        numbers += own * (prod(shape[1:]) + shape[0]) + bool(own)
+    return numbers
+
+
+def model_sizes(parts: ModelParts, learning: Collection[str], number: int | None) -> tuple[int, int]:
+    """How many numbers the networks `learning` have, and how many bytes a file with the whole model.
+
+    Args:
+        parts: the model.
+        learning: networks by role.
+        number: bytes of each number in the file; None: 4 in the networks `learning`, elsewhere as stored.
+    """
+    learned, size = 0, 0
+    for role, part in parts.parts.items():
+        for name in part.tensors.names():
+            count = prod(part.tensors.shape(name))
+            learned += count * (role in learning)
+            size += count * (number or (4 if role in learning else part.tensors.dtype(name).itemsize))
+    return learned, size

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sd_train.data.words import Words
+from sd_train.families.new_tokens import NewTokens
 from sd_train.families.tokenizer import END_ID
 from sd_train.families.weighting import Piece, split_weights
 
@@ -58,7 +60,19 @@ class ChunkTokenizer:
     """Cuts texts into chunks of 75 tokens, each between its own start and end token (sd-scripts' rule)."""
 
     tokenizer: CLIPTokenizer
+    words: Words = field(default_factory=lambda: Words({}))
+    """Words of tokens that follow on the vocabulary's last one."""
     _known: dict[tuple[str, int, bool], Tokens] = field(default_factory=dict)
+
+    def teach(self, words: Words) -> None:
+        """Read `words` as their new tokens from now on."""
+        self.words = words
+        self._known.clear()
+
+    @property
+    def first_new(self) -> int:
+        """The id of the first token that `words` are made of."""
+        return len(self.tokenizer)
 
     @property
     def added_words(self) -> list[tuple[str, int]]:
@@ -68,7 +82,7 @@ class ChunkTokenizer:
 
     def length(self, text: str, weighted: bool = False) -> int:
         """Number of tokens, without start and end; `weighted`: brackets are weights and no text."""
-        return sum(len(self._ids(piece.text)) for piece in _pieces(text, weighted))
+        return sum(len(self._ids(piece.text)) for piece in self._pieces(text, weighted))
 
     def chunks_for(self, texts: Sequence[str], limit: int, weighted: bool = False) -> int:
         """Chunks that hold the longest of `texts`, at most `limit`."""
@@ -92,7 +106,7 @@ class ChunkTokenizer:
         """Chunks are padded behind their end token, so the second of two may be start, end and padding alone."""
         ids: list[int] = []
         weights: list[float] = []
-        for piece in _pieces(text, weighted):
+        for piece in self._pieces(text, weighted):
             found = self._ids(piece.text)
             ids += found
             weights += [piece.weight] * len(found)
@@ -106,13 +120,19 @@ class ChunkTokenizer:
             scales.append([1.0, *weights[first : first + CHUNK], 1.0, *[1.0] * empty])
         return Tokens(torch.tensor(rows), torch.tensor(scales))
 
+    def _pieces(self, text: str, weighted: bool) -> list[Piece]:
+        """Stretches of equal weight, with marks in place of `words`: these may hold brackets."""
+        marked = self.words.mark(text)
+        return split_weights(marked) if weighted else [Piece(marked, 1.0)]
+
     def _ids(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
-
-
-def _pieces(text: str, weighted: bool) -> list[Piece]:
-    return split_weights(text) if weighted else [Piece(text, 1.0)]
+        ids: list[int] = []
+        for part in self.words.split(text):
+            if isinstance(part, str):
+                ids += self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            else:
+                ids += [self.first_new + token for token in part]
+        return ids
 
 
 def clip_transformer(encoder: nn.Module) -> nn.Module:
@@ -126,7 +146,7 @@ class EncodedText(NamedTuple):
     """What one text encoder makes of texts."""
 
     states: Tensor
-    """[B, 75 * chunks + 2, width]."""
+    """[B, 75 * chunks + 2, width]; of words with variants [B, variants * (75 * chunks + 2), width]."""
     pooled: Tensor | None
     """[B, projection width], of the first chunk; None of encoders without a projection."""
 
@@ -141,6 +161,15 @@ class TextEncoder:
     """Whether the final layer norm is applied to the states: in Stable Diffusion 1.x and 2.x, not in SDXL."""
     layer: int = 1
     """The hidden state from the end; 1 is the last one."""
+    new: NewTokens | None = None
+    """Tokens beside the network's own."""
+
+    def add_tokens(self, words: Words, vectors: Tensor) -> NewTokens:
+        """Read `words` as new tokens that begin as `vectors`, [variants, tokens, width]."""
+        network: Any = self.network
+        self.new = NewTokens(network.get_input_embeddings(), self.tokenizer.first_new, vectors)
+        self.tokenizer.teach(words)
+        return self.new
 
     @property
     def layers(self) -> int:
@@ -148,14 +177,31 @@ class TextEncoder:
         count: int = self.network.config.num_hidden_layers
         return count
 
+    def idle(self) -> tuple[str, ...]:
+        """How the published names begin of weights that nothing that comes out depends on.
+
+        These are the layers above the one that is used and, where the states are not normed, the final layer norm. The
+        pooled state of an encoder with a projection depends on all of them.
+        """
+        if hasattr(self.network, "text_projection"):
+            return ()
+        above = [f"text_model.encoder.layers.{place}." for place in range(self.layers - self.layer + 1, self.layers)]
+        return (*above, *(() if self.final_norm else ("text_model.final_layer_norm.",)))
+
     def __call__(self, texts: Sequence[str], chunks: int, weighting: Weighting) -> EncodedText:
         """[B] texts -> states and pooled states; with gradients where they are switched on.
 
         Chunks are joined without the start and end tokens between them. The pooled state is the last layer's at the
         first chunk's first end token, after norm and projection, whatever `layer` is (Podell et al. 2023; sd-scripts:
         the first chunk of long captions).
+
+        Where new tokens have variants, each text is read once with each of them: their states follow each other along
+        the tokens, the first variant's in front, and the pooled state is the mean.
         """
         tokens = self.tokenizer(texts, chunks, weighting != "none")
+        variants = 1 if self.new is None else self.new.variants
+        if self.new is not None and variants > 1:
+            tokens = Tokens(self.new.varied(tokens.ids), tokens.weights.repeat_interleave(variants, dim=0))
         network: Any = self.network
         batch, _, length = tokens.ids.shape
         ids = tokens.ids.view(batch * chunks, length).to(network.device, non_blocking=True)
@@ -177,6 +223,9 @@ class TextEncoder:
             ends = (ids == self.tokenizer.tokenizer.eos_token_id).int().argmax(dim=1)
             at_end = output.last_hidden_state[torch.arange(len(ids), device=ids.device), ends]
             pooled = network.text_projection(at_end[::chunks])
+        if variants > 1:
+            states = states.unflatten(0, (-1, variants)).flatten(1, 2)
+            pooled = None if pooled is None else pooled.unflatten(0, (-1, variants)).mean(dim=1)
         return EncodedText(states, pooled)
 
 

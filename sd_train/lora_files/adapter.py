@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sd_train.errors import ModelError
 from sd_train.lora_files.names import Place
+from sd_train.lora_files.rotating import rotated
 
-Kind = Literal["lora", "loha", "lokr", "full", "norm", "ia3", "glora", "oft"]
+Kind = Literal["lora", "loha", "lokr", "full", "norm", "ia3", "glora", "oft", "oft_diag"]
 
 UP, DOWN, MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
 MAGNITUDE = "dora_scale"
@@ -32,7 +33,8 @@ _NEEDED: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "norm": (("w_norm",), ("b_norm",)),
     "ia3": (("weight", "on_input"),),
     "glora": (("a1.weight", "a2.weight", "b1.weight", "b2.weight"),),
-    "oft": (("oft_blocks",), ("oft_diag",)),
+    "oft": (("oft_blocks",),),
+    "oft_diag": (("oft_diag",),),
 }
 
 FACTORS = frozenset(
@@ -41,8 +43,12 @@ FACTORS = frozenset(
 )
 """Every last part of a key that is known, as kohya and LyCORIS write it."""
 
-UNCOMPUTED: tuple[Kind, ...] = ("glora", "oft")
-"""Recognised only."""
+UNCOMPUTED: tuple[Kind, ...] = ("oft_diag",)
+"""Recognised only: OFT as LyCORIS wrote it before 2.0."""
+
+
+_OF_THE_BASE: tuple[Kind, ...] = ("ia3", "glora", "oft")
+"""Algorithms whose change depends on the model's own weight."""
 
 
 def kind_of(names: frozenset[str]) -> Kind | None:
@@ -67,7 +73,7 @@ class Adapter:
     @property
     def rank(self) -> int | None:
         """What alpha is divided by; None where nothing is decomposed."""
-        for name in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+        for name in (DOWN, "hada_w1_b", "lokr_w1_b", "lokr_w2_b", "a2.weight"):
             if name in self.factors:
                 return int(self.factors[name].shape[0])
         return None
@@ -85,7 +91,7 @@ class Adapter:
     @property
     def needs_base(self) -> bool:
         """Whether the change depends on the model's own weight."""
-        return self.is_dora or self.kind == "ia3"
+        return self.is_dora or self.kind in _OF_THE_BASE
 
     @property
     def is_plain(self) -> bool:
@@ -141,7 +147,14 @@ def change(adapter: Adapter, base: Tensor, multiplier: float = 1.0) -> Tensor:
         vector = adapter.factors["weight"].float().flatten()
         on_input = bool(adapter.factors["on_input"].flatten()[0])
         return multiplier * weight * vector.view(_along(weight, 1 if on_input else 0, adapter, vector.numel()))
-    own = delta(adapter)
+    if adapter.kind == "oft":
+        try:
+            return multiplier * (rotated(weight, adapter.factors, adapter.alpha or 0.0) - weight)
+        except ValueError as problem:
+            raise ModelError(
+                f"{adapter.place.role}.{adapter.place.path}: {problem}; use a model of the LoRA's family"
+            ) from None
+    own = _through(adapter, weight) if adapter.kind == "glora" else delta(adapter)
     if own.numel() != weight.numel() or own.shape[0] != weight.shape[0]:
         raise ModelError(
             f"{adapter.place.role}.{adapter.place.path}: the LoRA is for a weight of shape {tuple(own.shape)}, the "
@@ -151,6 +164,15 @@ def change(adapter: Adapter, base: Tensor, multiplier: float = 1.0) -> Tensor:
     if not adapter.is_dora:
         return multiplier * own
     return multiplier * (_decomposed(weight + own, adapter) - weight)
+
+
+def _through(adapter: Adapter, weight: Tensor) -> Tensor:
+    """GLoRA (Chavan et al. 2023, arXiv:2306.07967): W A + B, both of low rank."""
+    first, second, up, down = (adapter.factors[f"{name}.weight"].float() for name in ("a1", "a2", "b1", "b2"))
+    _along(weight, 1, adapter, first.shape[0])
+    through = torch.einsum("oi...,ir,rj->oj...", weight, first.flatten(1), second.flatten(1))
+    own = _product(up, down)
+    return (own + through) * adapter.scale if own.shape == through.shape else own
 
 
 def _decomposed(merged: Tensor, adapter: Adapter) -> Tensor:

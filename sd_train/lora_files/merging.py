@@ -57,6 +57,10 @@ class MergedSource:
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(name)
 
+    def changed(self) -> list[str]:
+        """The names of the tensors that differ from the base's own."""
+        return list(self._changed)
+
     def read(self, name: str) -> Tensor:
         """The tensor `name` with every LoRA's change; those without a change are the base's own.
 
@@ -164,6 +168,9 @@ def only_biases(adapter: Adapter) -> bool:
     return adapter.kind == "norm" or set(adapter.factors) <= set(BIASES)
 
 
+_NAMES = {"ia3": "(IA)^3", "glora": "GLoRA", "oft": "OFT"}
+
+
 def refuse_base(adapter: Adapter) -> None:
     """Without the model, only changes that do not depend on it can be computed.
 
@@ -171,7 +178,7 @@ def refuse_base(adapter: Adapter) -> None:
         ModelError: if `adapter` is decomposed (DoRA), (IA)^3, of biases or norms, or not computed here.
     """
     if adapter.needs_base:
-        what = "DoRA" if adapter.is_dora else "(IA)^3"
+        what = "DoRA" if adapter.is_dora else _NAMES.get(adapter.kind, adapter.kind)
         raise ModelError(
             f"{_named(adapter)}: what {what} changes depends on the model; merge it into the model "
             "(sd-train lora merge --sd_model) and, for a plain LoRA, extract the difference (sd-train lora extract)"

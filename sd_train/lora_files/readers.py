@@ -79,6 +79,7 @@ ROWS = {
     "ia3": "(IA)^3",
     "glora": "GLoRA",
     "oft": "OFT (sd-scripts)",
+    "oft_diag": "OFT (sd-scripts)",
 }
 """Row of each algorithm beside LoRA."""
 

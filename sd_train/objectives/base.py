@@ -22,3 +22,7 @@ class Objective(Protocol):
     def after_step(self) -> None:
         """Called after each optimizer step."""
         ...
+
+    def figures(self) -> dict[str, float | Tensor]:
+        """What is worth logging of the last update beside the loss, by the curves' full names."""
+        ...

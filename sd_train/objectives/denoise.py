@@ -101,7 +101,7 @@ class Denoise:
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        """[B]: each sample's plain squared error at the batch's own noise and timesteps: no weights, nothing learned."""
+        """[B]: each sample's plain squared error at the batch's own noise and timesteps, without weights."""
         move = self.device.move
         with self.device.autocast():
             images = self._images(batch)

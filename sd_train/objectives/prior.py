@@ -1,7 +1,7 @@
 """Prior preservation without pictures: the base model's own prediction for the class is a second target.
 
-DreamBooth (Ruiz et al. 2023) learns pictures that the base model draws of the class beside those of the subject; here its
-prediction for the class prompt on the subject's noisy latents takes their place.
+DreamBooth (Ruiz et al. 2023) learns pictures that the base model draws of the class beside those of the subject; here
+its prediction for the class prompt on the subject's noisy latents takes their place.
 """
 
 from __future__ import annotations

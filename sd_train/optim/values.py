@@ -21,7 +21,8 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """
     match value:
         case Tensor():
-            tensors[path] = value.detach().clone()
+            # Beside the weights there may be no room for them twice.
+            tensors[path] = value.detach().to("cpu", copy=True)
             return {"tensor": path}
         case None | bool() | int() | float() | str():
             return value

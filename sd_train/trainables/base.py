@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,13 +23,32 @@ class ParamGroup:
     params: dict[str, nn.Parameter]
     """By the names that `Trainable.tensors` gives them."""
     lr: float
+    until: int | None = None
+    """The update from which on they stay as they are, over all runs of the training; None: never."""
+    weight_decay: float | None = None
+    """In place of the optimizer's own; None: that one."""
+
+    def active(self, step: int) -> bool:
+        """Whether they still learn after `step` updates."""
+        return self.until is None or step < self.until
 
 
 class Trainable(Protocol):
     """Which parameters learn, and how they are saved."""
 
+    masters: Collection[str]
+    """Networks whose own weights learn: they are kept in float32, whatever the forward pass computes in."""
+
     def install(self, family: Family) -> None:
-        """Put the trainable parameters into the networks of `family`."""
+        """Put the trainable parameters into the networks of `family`.
+
+        Raises:
+            ModelError: if they do not fit it.
+        """
+        ...
+
+    def describe(self) -> str:
+        """What learns, in a few words: kinds and numbers."""
         ...
 
     def groups(self) -> list[ParamGroup]:
@@ -45,7 +64,7 @@ class Trainable(Protocol):
         ...
 
     def disabled(self) -> AbstractContextManager[None]:
-        """The base model's own predictions."""
+        """The base model's own predictions; trainables with `masters` keep a copy only if they were asked to."""
         ...
 
     def for_inference(self) -> AbstractContextManager[None]:
@@ -57,13 +76,32 @@ class Trainable(Protocol):
         ...
 
     def load(self, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Copy `tensors` into the trainable weights."""
+        """Copy `tensors` into the trainable weights.
+
+        Raises:
+            ModelError: if they are others.
+        """
         ...
 
     def after_step(self) -> None:
         """Called after each optimizer step."""
         ...
 
-    def save(self, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Write the file that users get."""
+    def figures(self) -> dict[str, float | Tensor]:
+        """What is worth logging after `after_step`, by its name in the log; tensors stay on their device."""
         ...
+
+    def save(self, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Write the file or folder that users get; `tensors` in place of the live weights (EMA), as `tensors` gives."""
+        ...
+
+
+@contextmanager
+def swapped_in(trainable: Trainable, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """`tensors` in place of the live weights, which wait where `tensors` are and come back to the bit."""
+    kept = {name: tensor.to(tensors[name].device, copy=True) for name, tensor in trainable.tensors().items()}
+    trainable.load(tensors)
+    try:
+        yield
+    finally:
+        trainable.load(kept)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,10 +14,12 @@ from torch.nn import functional
 
 from sd_train.errors import ModelError
 from sd_train.families.base import Family
-from sd_train.families.keys import LoraTarget
-from sd_train.files import write_network
 from sd_train.randomness import derive
 from sd_train.trainables.base import ParamGroup
+from sd_train.trainables.files import write_weights
+from sd_train.trainables.lora_layout import Layout, Size, block_number
+from sd_train.trainables.lora_norms import Factors, scale_down
+from sd_train.trainables.lora_weights import describe_network, differences, kind_of, of_kinds
 from sd_train.types import Batch, Update
 
 GROUP_NAMES = {"text_encoder": "textencoder", "text_encoder_2": "textencoder2", "unet": "unet"}
@@ -30,12 +32,24 @@ class LoraSettings:
 
     rank: int
     alpha: float
+    """Of all linear layers and 1x1 convolutions where `layout` says nothing else; alpha 0: the rank."""
     dropout: float
     rates: Mapping[str, float]
     """Learning rate by network role; a role that is missing or has rate 0 gets no modules."""
     seed: int
     precision: torch.dtype | None = None
     """Of the saved file; None: float32."""
+    start: Mapping[str, Tensor] | None = None
+    """Weights to begin with, under the names of `Lora.tensors`."""
+    layout: Layout = field(default_factory=Layout)
+    plus: Mapping[str, float] = field(default_factory=dict)
+    """LoRA+: by network role, how many times faster the up matrices learn."""
+    rank_dropout: float = 0.0
+    """Probability that a sample goes without one of a module's ranks."""
+    module_dropout: float = 0.0
+    """Probability that a module is left out of one forward pass."""
+    most_norm: float | None = None
+    """Modules whose change has a larger norm are scaled down to it after each update."""
 
 
 @dataclass
@@ -44,6 +58,8 @@ class _Switches:
 
     enabled: bool = True
     dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
     key: tuple[int, int] = (0, 0)
     """(update, micro-batch): dropout masks are drawn from these."""
 
@@ -80,7 +96,7 @@ class LoraModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The original output plus the scaled low-rank change."""
         base: Tensor = self._forward(x)
-        if not self._switches.enabled:
+        if not self._switches.enabled or self._left_out():
             return base
         # Under autocast the operators cast the float32 factors themselves; a half-precision base without it needs this.
         low = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.dtype)
@@ -90,62 +106,101 @@ class LoraModule(nn.Module):
             assert self._padding is not None
             hidden = functional.conv2d(low, self.down, stride=self._stride, padding=self._padding)
         if self._switches.dropout:
-            hidden = hidden * self._mask(hidden)
+            hidden = hidden * self._mask("dropout", hidden.shape, self._switches.dropout, hidden)
+        if self._switches.rank_dropout:
+            # [batch, 1, rank], [batch, rank] or [batch, rank, 1, 1]: the rank is last but for convolutions.
+            middle = [1] * (hidden.ndim - 2)
+            shape = [len(hidden), *middle, self.rank] if self._stride is None else [len(hidden), self.rank, *middle]
+            hidden = hidden * self._mask("rank dropout", shape, self._switches.rank_dropout, hidden)
         change = functional.linear(hidden, self.up) if self._stride is None else functional.conv2d(hidden, self.up)
         return torch.add(base, change.to(base.dtype), alpha=self.scale)
 
-    def _mask(self, hidden: Tensor) -> Tensor:
-        # Drawn anew from the counters at every call: a forward that is recomputed (checkpointing) sees the same mask.
-        seed = derive(self.seed, "dropout", self.name, *self._switches.key) % 2**63
-        generator = torch.Generator(hidden.device).manual_seed(seed)
-        keep = 1.0 - self._switches.dropout
-        drawn = torch.rand(hidden.shape, generator=generator, device=hidden.device)
-        return (drawn < keep).to(hidden.dtype) / keep
+    def _drawn_from(self, purpose: str) -> int:
+        # Anew from the counters at every call: a forward that is recomputed (checkpointing) draws the same.
+        return derive(self.seed, purpose, self.name, *self._switches.key)
+
+    def _left_out(self) -> bool:
+        share = self._switches.module_dropout
+        return bool(share) and self._drawn_from("module dropout") < share * 2**64
+
+    def _mask(self, purpose: str, shape: Sequence[int], share: float, like: Tensor) -> Tensor:
+        """0 with probability `share`, else what keeps the mean."""
+        generator = torch.Generator(like.device).manual_seed(self._drawn_from(purpose) % 2**63)
+        keep = 1.0 - share
+        drawn = torch.rand(tuple(shape), generator=generator, device=like.device)
+        return (drawn < keep).to(like.dtype) / keep
 
 
 class Lora:
     """LoRA modules on the attentions of the U-Net and on the text encoder, as sd-scripts' `networks.lora`."""
 
+    masters: Collection[str] = ()
+
     def __init__(self, settings: LoraSettings) -> None:
         self.settings = settings
         self.modules: dict[str, dict[str, LoraModule]] = {}
-        self._switches = _Switches(dropout=settings.dropout)
+        self._switches = _Switches(True, settings.dropout, settings.rank_dropout, settings.module_dropout)
+        self._paths: dict[str, str] = {}
+        self._figures: dict[str, float | Tensor] = {}
 
     def install(self, family: Family) -> None:
         """Put the modules into the networks that have a rate."""
         # Text encoders first, as in sd-scripts' files and logs.
         for role in sorted(family.networks, key=lambda role: role == "unet"):
             if self.trains(role):
-                self.modules[role] = self._install_role(family, role, family.lora_targets(role))
+                self.modules[role] = self._install_role(family, role)
+        if self.settings.start is not None:
+            try:
+                # Modules of a network that this run does not train are left out, as in sd-scripts.
+                self.load(of_kinds(self.settings.start, {kind_of(name) for name in self._all()}))
+            except ModelError as problem:
+                described = describe_network(self.settings.start)
+                raise ModelError(f"--network_weights: {problem}\n  {described}") from None
 
-    def _install_role(self, family: Family, role: str, targets: Sequence[LoraTarget]) -> dict[str, LoraModule]:
+    def _install_role(self, family: Family, role: str) -> dict[str, LoraModule]:
         settings = self.settings
         modules: dict[str, LoraModule] = {}
-        for target in targets:
+        for target in family.lora_targets(role, settings.layout.convolutions):
             original = family.module(role, target.path)
-            module = LoraModule(target.key, original, settings.rank, settings.alpha, settings.seed)
-            module.install(original, self._switches)
-            modules[target.key] = module
+            wide = isinstance(original, nn.Conv2d) and original.kernel_size != (1, 1)
+            size = settings.layout.size(role, target.path, wide, Size(settings.rank, settings.alpha))
+            if size is not None:
+                module = LoraModule(target.key, original, size.rank, size.alpha, settings.seed)
+                module.install(original, self._switches)
+                modules[target.key] = module
+                self._paths[target.key] = target.path
         return modules
+
+    def describe(self) -> str:
+        """What learns: modules of each network, and numbers."""
+        counts = ", ".join(f"{role} {len(modules)}" for role, modules in self.modules.items())
+        numbers = sum(parameter.numel() for group in self.groups() for parameter in group.params.values())
+        return f"LoRA modules: {counts}; {numbers:,} parameters"
 
     def trains(self, role: str) -> bool:
         """Whether gradients must flow through network `role`."""
         return bool(self.settings.rates.get(role))
 
     def groups(self) -> list[ParamGroup]:
-        """One group for each network, as sd-scripts logs them."""
-        return [
-            ParamGroup(
-                GROUP_NAMES.get(role, role),
-                {
-                    f"{name}.lora_{half}.weight": parameter
-                    for name, module in modules.items()
-                    for half, parameter in (("down", module.down), ("up", module.up))
-                },
-                self.settings.rates[role],
-            )
-            for role, modules in self.modules.items()
-        ]
+        """One group for each network, or block where these have rates of their own, as sd-scripts logs them.
+
+        With LoRA+ the up matrices are a group of their own beside it.
+        """
+        layout, groups = self.settings.layout, dict[str, ParamGroup]()
+        for role, modules in self.modules.items():
+            ratio = self.settings.plus.get(role, 1.0)
+            for name, module in modules.items():
+                path = self._paths[name]
+                blocks = role == "unet" and layout.weights
+                title = f"unet_block{block_number(path, layout.sdxl)}" if blocks else GROUP_NAMES.get(role, role)
+                rate = self.settings.rates[role] * layout.weight(role, path)
+                halves = ("down", module.down, title, rate), (
+                    "up", module.up, f"{title} plus" if ratio != 1 else title, rate * ratio,
+                )  # fmt: skip
+                for half, parameter, group, own in halves:
+                    params = groups.setdefault(group, ParamGroup(group, {}, own)).params
+                    params[f"{name}.lora_{half}.weight"] = parameter
+        return list(groups.values())
 
     def before_batch(self, update: Update, batch: Batch) -> None:
         """Dropout masks are drawn from (update, micro-batch over all ranks)."""
@@ -163,11 +218,13 @@ class Lora:
     @contextmanager
     def for_inference(self) -> Iterator[None]:
         """Predictions without dropout."""
-        before, self._switches.dropout = self._switches.dropout, 0.0
+        now = self._switches
+        before = now.dropout, now.rank_dropout, now.module_dropout
+        now.dropout = now.rank_dropout = now.module_dropout = 0.0
         try:
             yield
         finally:
-            self._switches.dropout = before
+            now.dropout, now.rank_dropout, now.module_dropout = before
 
     def _all(self) -> dict[str, LoraModule]:
         return {name: module for modules in self.modules.values() for name, module in modules.items()}
@@ -188,7 +245,7 @@ class Lora:
             ModelError: if names (when `strict`), shapes or alphas differ.
         """
         ours = self.tensors()
-        problems = _differences(ours, tensors, strict)
+        problems = differences(ours, tensors, strict)
         if problems:
             shown = "".join(f"\n  - {problem}" for problem in problems[:5])
             raise ModelError(f"{len(problems)} differences between the LoRA weights and this configuration:{shown}")
@@ -198,50 +255,17 @@ class Lora:
                     ours[name].copy_(tensor)
 
     def after_step(self) -> None:
-        """Nothing is constrained."""
+        """Scale modules down whose change has become too large, if that was asked for."""
+        if self.settings.most_norm is not None and self.modules:
+            factors = [Factors(module.up, module.down, module.scale) for module in self._all().values()]
+            self._figures = scale_down(factors, self.settings.most_norm)
+
+    def figures(self) -> dict[str, float | Tensor]:
+        """What `scale_weight_norms` found, under sd-scripts' names."""
+        return self._figures
 
     def save(self, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write kohya's file, in the precision of the settings, with its hashes."""
         precision = self.settings.precision or torch.float32
         chosen = self.tensors() if tensors is None else tensors
-        write_network(path, {name: tensor.to(precision) for name, tensor in chosen.items()}, metadata)
-
-
-def describe_network(tensors: Mapping[str, Tensor]) -> str:
-    """What a LoRA file holds, in the words of the options that fit it."""
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_down.weight")}
-    alphas = {round(float(tensor), 4) for name, tensor in tensors.items() if name.endswith(".alpha")}
-    if len(ranks) > 1 or len(alphas) > 1:
-        return f"the file's modules differ in rank {sorted(ranks)} or alpha {sorted(alphas)}, not yet supported"
-    text = f"the file fits --network_dim {max(ranks)}" + (f" --network_alpha {max(alphas):g}" if alphas else "")
-    for prefix, option in (("lora_te", "unet"), ("lora_unet", "text_encoder")):
-        if not any(name.startswith(prefix) for name in tensors):
-            text += f" --network_train_{option}_only"
-    return text
-
-
-def without_roles(tensors: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
-    """`tensors` without those of networks that `lora` does not train."""
-    # "lora_unet", "lora_te", "lora_te1" or "lora_te2".
-    kinds = {"_".join(key.split("_")[:2]) for modules in lora.modules.values() for key in modules}
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith("lora_") or "_".join(name.split("_")[:2]) in kinds
-    }
-
-
-def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], strict: bool) -> list[str]:
-    problems = []
-    if strict:
-        problems += [f"{name} is missing" for name in ours if name not in theirs]
-        problems += [f"{name} is not part of this network" for name in theirs if name not in ours]
-    for name, tensor in theirs.items():
-        if name not in ours:
-            continue
-        if ours[name].shape != tensor.shape:
-            expected, found = tuple(ours[name].shape), tuple(tensor.shape)
-            problems.append(f"{name} has shape {found}, --network_dim makes it {expected}")
-        elif name.endswith(".alpha") and not math.isclose(float(ours[name]), float(tensor), rel_tol=1e-3):
-            problems.append(f"{name} is {float(tensor):g}, --network_alpha is {float(ours[name]):g}")
-    return problems
+        write_weights(path, {name: tensor.to(precision) for name, tensor in chosen.items()}, metadata)

@@ -1,0 +1,124 @@
+"""Two processes under `accelerate launch` train what one process trains with the doubled batch, whatever learns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sd_train.fine_tune import main as fine_tune
+from sd_train.train_db import main as train_db
+from sd_train.train_network import main as train_network
+from sd_train.train_textual_inversion import main as train_textual_inversion
+from tests.runs import PHOTOS, command, run_process, write_dataset
+from tests.test_run_repeats import read_all, updates_of
+
+MAINS = {
+    "fine_tune": fine_tune,
+    "train_db": train_db,
+    "train_network": train_network,
+    "train_textual_inversion": train_textual_inversion,
+}
+WORD = "train_textual_inversion --learning_rate 1e5 --token_string sks-1 --init_word cat --use_object_template"
+RUNS = {
+    "full": "train_db --use_ema --ema_decay 0.5 --save_model_as safetensors",
+    "lora": "train_network --network_dim 2 --network_alpha 2 --use_ema --ema_decay 0.5",
+    "embedding": f"{WORD} --num_vectors_per_token 2 --use_ema",
+    "xti": f"{WORD} --xti",
+}
+SEED, UPDATES = 2, 3
+SCRIPT = """
+import importlib, json, os, sys
+from torch import distributed
+for name, words in json.loads(open(sys.argv[1]).read()):
+    # A group of its own for each run: one that has been left cannot be joined again through the launcher's store.
+    place = sys.argv[1] + "-" + words[words.index("--output_name") + 1]
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    distributed.init_process_group("gloo", init_method="file://" + place, rank=rank, world_size=world)
+    code = importlib.import_module("sd_train." + name).main(words)
+    if code:
+        sys.exit(code)
+"""
+
+
+def arguments(name: str, model: Path, dataset: Path, output: Path, batch: int) -> tuple[str, list[str]]:
+    which, *more = RUNS[name].split()
+    words = f"--output_name {name} --seed {SEED} --max_train_steps {UPDATES} --save_every_n_steps 1 --max_grad_norm 0.1"
+    # So that an update is proportional to the gradient: with AdamW's own eps a gradient that is nothing but rounding
+    # moves a weight as far as any other.
+    words += " --learning_rate 1e3 --optimizer_args eps=1e3 weight_decay=0 --max_data_loader_n_workers 0"
+    paths = ("--pretrained_model_name_or_path", model, "--dataset_config", dataset, "--output_dir", output)
+    return which, [*map(str, paths), *words.split(), "--train_batch_size", str(batch), *more]
+
+
+def four_photos(folder: Path) -> Path:
+    """A dataset whose epochs are one update of four samples; at 64 pixels the tiny model multiplies rounding errors."""
+    photos = folder / "photos"
+    photos.mkdir()
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        for ending in (".jpg", ".txt"):
+            shutil.copy(PHOTOS / f"{name}{ending}", photos)
+    dataset = write_dataset(folder / "d.toml", subset="flip_aug = true", size=128)
+    text = dataset.read_text().replace(str(PHOTOS), str(photos))
+    dataset.write_text(text.replace("enable_bucket = true", "enable_bucket = false"))
+    return dataset
+
+
+def test_the_seed_lets_batches_of_two_come_in_the_order_of_batches_of_four(tmp_path: Path) -> None:
+    """Batches are cut first and put into another order then, so that this needs a fitting seed."""
+    dataset = four_photos(tmp_path)
+    orders = [
+        [[key for batch in batches for key in batch.keys] for _, batches in read_all(updates, UPDATES)]
+        for updates in (
+            updates_of(dataset, batch_size=4, seed=SEED), updates_of(dataset, batch_size=2, accumulation=2, seed=SEED)
+        )
+    ]  # fmt: skip
+    assert orders[0] == orders[1]
+    assert [len(keys) for keys in orders[0]] == [4] * UPDATES
+
+
+@pytest.fixture(scope="module")
+def both(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of all runs: with two processes, and with one."""
+    folder = tmp_path_factory.mktemp("processes")
+    dataset = four_photos(folder)
+    plan = [arguments(name, tiny_model, dataset, folder / "two", 2) for name in RUNS]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "script.py").write_text(SCRIPT)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    # Not --cpu: with it accelerate starts a single process, whatever --num_processes says.
+    launch = f"accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port}"
+    launch += " --mixed_precision no --dynamo_backend no"
+    done = run_process(command(*launch.split(), str(folder / "script.py"), str(folder / "plan.json")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Two processes for one update of two batches, of which only the first one speaks.
+    assert done.stdout.count(f"seed: {SEED}\n") == len(RUNS)
+    assert done.stdout.count("an epoch: 4 samples in 2 batches, 1 updates (accumulation 1)") == len(RUNS)
+    for name in RUNS:
+        which, words = arguments(name, tiny_model, dataset, folder / "one", 4)
+        assert MAINS[which](words) == 0
+    return folder / "two", folder / "one"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_equal_one_with_the_doubled_batch(both: tuple[Path, Path], name: str) -> None:
+    endings = ("", "-ema") if "--use_ema" in RUNS[name] else ("",)
+    for ending in endings:
+        two, one = (load_file(folder / f"{name}{ending}.safetensors") for folder in both)
+        before = load_file(both[1] / f"{name}-step00000001{ending}.safetensors")
+        assert two.keys() == one.keys()
+        apart, moved = distance(two, one), distance(one, before)
+        print(name, ending, apart, moved)
+        assert apart < 1e-3 * moved
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """The Euclidean one over all tensors."""
+    return sum(float((one[name].double() - other[name].double()).square().sum()) for name in one) ** 0.5
