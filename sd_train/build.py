@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sd_train.build_network import merge_base
 from sd_train.build_objective import denoise_settings
 from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
 from sd_train.build_trainable import export_of, make_trainable
+from sd_train.build_validation import make_validation
 from sd_train.checkpoint import Checkpoint, Intervals
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
@@ -42,7 +43,8 @@ from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line, warn_line
 from sd_train.state import Extra, StateParts, load_state
-from sd_train.trainables.base import ParamGroup, Trainable, swapped_in
+from sd_train.trainables.average import AverageWeights
+from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.uploads import Uploader
 
 
@@ -209,6 +211,7 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
     progress.extra["data"] = plan_fingerprint(prepared)
     fill_caches(prepared, family)
     checkpoint = _make_checkpoint(prepared, family, parts, report, uploader)
+    validation = make_validation(prepared, family, objective, parts, report, checkpoint)
     preview = _make_preview(prepared, family, parts, report) if prepared.prompts else None
     if device.is_main:
         if config.saving.overwrite and prepared.resume is None:
@@ -219,6 +222,7 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
             report, preview, checkpoint, guard, make_norms(config, groups, report),
+            validation,
         )  # fmt: skip
         try:
             train(training)
@@ -275,20 +279,6 @@ def _make_ema(prepared: Prepared, trainable: Trainable) -> Ema | None:
     return Ema(trainable.tensors, chosen.ema_decay, torch.device("cpu") if chosen.ema_device == "cpu" else None)
 
 
-@dataclass(frozen=True)
-class _Averaged:
-    """The moving average, for previews."""
-
-    trainable: Trainable
-    ema: Ema
-
-    @contextmanager
-    def for_inference(self) -> Iterator[None]:
-        """Predictions with the average and without dropout."""
-        with swapped_in(self.trainable, self.ema.tensors), self.trainable.for_inference():
-            yield
-
-
 def _make_preview(prepared: Prepared, family: Family, parts: StateParts, report: Report) -> Preview:
     config, device = prepared.config, prepared.device
     return Preview(
@@ -300,7 +290,7 @@ def _make_preview(prepared: Prepared, family: Family, parts: StateParts, report:
         every_n_steps=config.sampling.sample_every_n_steps,
         every_n_epochs=config.sampling.sample_every_n_epochs,
         at_first=config.sampling.sample_at_first,
-        weights=_Averaged(parts.trainable, parts.ema)
+        weights=AverageWeights(parts.trainable, parts.ema)
         if parts.ema is not None and config.ema.sample_ema
         else InferenceWeights(parts.trainable, parts.optimizer),
         report=report,

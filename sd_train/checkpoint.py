@@ -111,6 +111,10 @@ class Checkpoint:
             with self.report.untimed():
                 self.saved(written)
 
+    def best(self, progress: Progress) -> None:
+        """The file of the lowest validation loss, in place of the one before; states belong to the regular saves."""
+        self.save(self.names.best, progress, state=False)
+
     def finish(self, progress: Progress) -> None:
         """The final file."""
         self.save(self.names.last, progress, state=self.intervals.state or self.intervals.state_at_end)

@@ -87,7 +87,7 @@ def _shown(update: Update, batch: Batch, per_update: int) -> ShownBatch:
             f"crop left {geometry.crop[1]} top {geometry.crop[0]}",
             *(["flipped"] if geometry.flipped else []),
             f"weight {float(batch.weight[row]):.4g}",
-            f"timestep {int(batch.timesteps[row])}",
+            "timestep by the losses" if "share" in batch.more_noise else f"timestep {int(batch.timesteps[row])}",
         ]
         mask = None if batch.mask is None else batch.mask[row].numpy()
         if mask is not None:

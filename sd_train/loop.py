@@ -18,6 +18,7 @@ from sd_train.report import Report
 from sd_train.report_norms import Norms
 from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.types import Progress
+from sd_train.validate import Validation
 
 
 @dataclass
@@ -39,11 +40,14 @@ class Training:
     checkpoint: Checkpoint
     guard: Guard
     norms: Norms | None = None
+    validate: Validation | None = None
 
 
 def train(run: Training) -> bool:
     """Train from `run.progress` to `run.end`; False if a stop was requested before the end."""
     progress, updater = run.progress, run.updater
+    if run.validate is not None:
+        run.validate(progress)
     if run.preview is not None:
         run.preview(progress)
     for update in run.updates.starting_at(progress, run.end):
@@ -77,9 +81,13 @@ def train(run: Training) -> bool:
             | ({} if norms is None else norms.figures()),
         )
         run.report.check()
+        if run.validate is not None:
+            run.validate(progress)
         if run.preview is not None:
             run.preview(progress)
         run.checkpoint(progress)
+        if run.validate is not None and run.validate.gives_up:
+            break
         if progress.step < run.end and run.guard.should_stop(progress.step):
             run.checkpoint.interrupted(progress)
             return False

@@ -171,6 +171,7 @@ def _from_objective(config: RunConfig) -> dict[str, Any]:
     own: dict[str, Any] = {
         "ss_soft_min_snr_gamma": loss.soft_min_snr_gamma,
         "ss_p2_gamma": loss.p2_gamma,
+        "ss_p2_k": None if loss.p2_gamma is None else loss.p2_k,
         "ss_scale_v_pred_loss_like_noise_pred": loss.scale_v_pred_loss_like_noise_pred or None,
         "ss_v_pred_like_loss": loss.v_pred_like_loss,
         "ss_dream_detail_preservation": loss.dream_detail_preservation if loss.dream_training else None,

@@ -32,6 +32,11 @@ class FileNames:
         """`N`, or `last` without a name."""
         return self.name or "last"
 
+    @property
+    def best(self) -> str:
+        """`N-best`, or `best` without a name: the save with the lowest validation loss."""
+        return f"{self.name}-best" if self.name else "best"
+
     def model(self, stem: str) -> Path:
         """The model file or folder of a save."""
         return self.folder / f"{stem}{self.extension}"
@@ -48,7 +53,7 @@ class FileNames:
         """What an earlier run of the same names left in the folder."""
         if not self.folder.is_dir():
             return []
-        stems = [re.escape(self.last), re.escape(self.name or "at") + r"-step\d{8}"]
+        stems = [re.escape(self.last), re.escape(self.best), re.escape(self.name or "at") + r"-step\d{8}"]
         stems.append(re.escape(self.name or "epoch") + r"-\d{6}")
         pattern = re.compile(f"(?:{'|'.join(stems)})(?:(?:-ema)?{re.escape(self.extension)}|-state)")
         return sorted(entry for entry in self.folder.iterdir() if pattern.fullmatch(entry.name))

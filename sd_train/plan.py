@@ -29,7 +29,7 @@ from sd_train.optim.settle import settle
 from sd_train.plan_data import check_caption_cache, check_prior, file_names, make_updates, model_request, read_datasets
 from sd_train.plan_full import check_blocks, refuse_own_source
 from sd_train.plan_network import check_network
-from sd_train.plan_objective import check_objective
+from sd_train.plan_objective import check_objective, check_validation
 from sd_train.plan_outputs import resumed_state, wandb_run
 from sd_train.plan_words import check_captions_hold_word, check_word
 from sd_train.prompts import SD_SCRIPTS_DEFAULTS, Prompt, load_prompts
@@ -201,6 +201,7 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
         checks(lambda: check_caption_cache(config, read[0]))
         checks(lambda: check_captions_hold_word(config, read[1].training))
         checks(lambda: check_prior(config, read[0]))
+        checks(lambda: check_validation(config, read[1].validation))
     checks.raise_any()
     assert read is not None
     assert device is not None

@@ -25,6 +25,8 @@ from sd_train.plan import Plan, Prepared
 from sd_train.plan_data import caches_latents, caches_texts, model_request, written_folders
 from sd_train.plan_network import network_sizes
 from sd_train.plan_optimizer import describe_state
+from sd_train.plan_points import epoch_ends, multiples
+from sd_train.plan_validation import describe_validation, validation_json
 from sd_train.plan_warnings import plan_warnings
 from sd_train.plan_words import word_numbers
 
@@ -153,9 +155,9 @@ def outputs(prepared: Prepared) -> Outputs:
     saving = config.saving
     weights, size = _sizes(prepared)
     start, total = prepared.progress.step, plan.total_steps
-    ends = _epoch_ends(prepared, saving.save_every_n_epochs)
+    ends = epoch_ends(prepared, saving.save_every_n_epochs)
     saves = []
-    for update in sorted({*_multiples(saving.save_every_n_steps, start, total), *ends, total}):
+    for update in sorted({*multiples(saving.save_every_n_steps, start, total), *ends, total}):
         stems = [names.at_step(update)] if _due(update, saving.save_every_n_steps) else []
         if ends.get(update, plan.epochs) < plan.epochs:
             stems.append(names.at_epoch(ends[update]))
@@ -172,7 +174,8 @@ def outputs(prepared: Prepared) -> Outputs:
     averages = int(config.ema.use_ema)
     disk = None
     if size is not None and weights is not None:
-        disk = len(saves) * size * (1 + averages) + states * weights * (12 + 4 * averages)
+        files = (len(saves) + int(config.validation.save_best)) * (1 + averages)
+        disk = files * size + states * weights * (12 + 4 * averages)
     cached = caches_latents(config) and config.dataset.cache_latents_to_disk
     return Outputs(
         saves=tuple(saves),
@@ -225,28 +228,12 @@ def _due(number: int, every: int | None) -> bool:
     return every is not None and number % every == 0
 
 
-def _multiples(every: int | None, start: int, end: int) -> range:
-    """The multiples of `every` above `start`, up to `end`."""
-    return range(0) if every is None else range((start // every + 1) * every, end + 1, every)
-
-
-def _epoch_ends(prepared: Prepared, every: int | None) -> dict[int, int]:
-    """Update to come -> epochs that are complete after it, where `every` divides their number."""
-    updates, plan = prepared.updates, prepared.plan
-    ends: dict[int, int] = {}
-    for epoch in _multiples(every, 0, plan.epochs):
-        end = updates.updates_before(epoch)
-        if prepared.progress.step < end <= plan.total_steps and updates.updates_in(epoch - 1):
-            ends[end] = epoch
-    return ends
-
-
 def _previews(prepared: Prepared) -> list[int]:
     sampling, start = prepared.config.sampling, prepared.progress.step
     found = [0] if sampling.sample_at_first and start == 0 else []
     if sampling.sample_every_n_epochs is not None:
-        return [*found, *_epoch_ends(prepared, sampling.sample_every_n_epochs)]
-    return [*found, *_multiples(sampling.sample_every_n_steps, start, prepared.plan.total_steps)]
+        return [*found, *epoch_ends(prepared, sampling.sample_every_n_epochs)]
+    return [*found, *multiples(sampling.sample_every_n_steps, start, prepared.plan.total_steps)]
 
 
 def describe_outputs(prepared: Prepared) -> str:
@@ -263,6 +250,7 @@ def describe_outputs(prepared: Prepared) -> str:
         lines.insert(-1, f"  ... {len(written.saves) - 7} more")
     if prepared.prompts:
         lines.append(f"sample pictures: {written.pictures}, at {len(written.previews)} points of the training")
+    lines += describe_validation(prepared)
     if (state := describe_state(prepared)) is not None:
         lines.append(state)
     if written.disk_bytes is not None:
@@ -309,10 +297,7 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
         "seed": prepared.progress.seed,
         "start_step": prepared.progress.step,
         "datasets": [_dataset_json(prepared, number) for number in range(len(plan.indexes))],
-        "validation": [
-            {"origin": index.dataset.origin, "images": [str(index.path(row)) for row in range(len(index))]}
-            for index in plan.validation
-        ],
+        **validation_json(prepared),
         "samples_per_epoch": plan.samples_per_epoch,
         "batches_per_epoch": plan.batches_per_epoch,
         "updates_per_epoch": plan.updates_per_epoch,

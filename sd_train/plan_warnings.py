@@ -16,6 +16,7 @@ from sd_train.plan_full import idle_rates
 from sd_train.plan_network import network_warnings
 from sd_train.plan_objective import objective_warnings
 from sd_train.plan_optimizer import idle_eight_bit
+from sd_train.plan_validation import validation_warnings
 from sd_train.plan_words import word_warnings
 
 
@@ -36,8 +37,7 @@ def plan_warnings(prepared: Prepared) -> list[str]:
         warnings.append("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask")
     warnings += _idle_in_data(prepared)
     warnings += word_warnings(config, plan.indexes, prepared.prompts)
-    if plan.validation:
-        warnings.append("validation images are left out of the training; a loss on them is not computed yet")
+    warnings += validation_warnings(prepared)
     for name in ("save_every_n_steps", "sample_every_n_steps"):
         every = getattr(config.saving if name.startswith("save") else config.sampling, name)
         if every is not None and every > plan.total_steps:
@@ -93,6 +93,8 @@ def _epoch_intervals(prepared: Prepared) -> list[str]:
     given = {"save_every_n_epochs": config.saving.save_every_n_epochs}
     if prepared.prompts:
         given["sample_every_n_epochs"] = config.sampling.sample_every_n_epochs
+    if plan.validation:
+        given["validate_every_n_epochs"] = config.validation.validate_every_n_epochs
     warnings = []
     for name, every in given.items():
         if every is None:

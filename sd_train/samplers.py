@@ -83,6 +83,8 @@ _CLASSES: dict[str, Any] = {
 
 _RESCALING = ("euler", "euler_a", "dpmsolver", "dpmsolver++")
 """Those whose diffusers class rescales the schedule itself, with the smallest signal below."""
+_NOT_OF_PICTURES = ("pndm", "euler_a", "dpm_2", "dpm_2_a")
+"""Those whose diffusers class takes predictions of the noise and of v alone."""
 _SMALLEST_SIGNAL = 2**-24
 
 
@@ -122,9 +124,14 @@ def make_sampler(
         zero_terminal_snr: the model was trained on the schedule that ends in pure noise (Lin et al. 2023).
 
     Raises:
-        ConfigError: if there is no sampler `name`.
+        ConfigError: if there is no sampler `name`, or it cannot draw with such predictions.
     """
     name = canonical_sampler(name)
+    if prediction_type == "sample" and name in _NOT_OF_PICTURES:
+        others = ", ".join(other for other in _CLASSES if other not in _NOT_OF_PICTURES)
+        raise ConfigError(
+            f"sampler = {name!r}: cannot draw with a model that predicts the picture itself; use one of {others}"
+        )
     settings: dict[str, Any] = {
         "num_train_timesteps": TRAIN_TIMESTEPS,
         "beta_start": BETA_START,

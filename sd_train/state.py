@@ -94,7 +94,9 @@ def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain
         restored = {
             key: decode(value, tensors) for key, value in plain["groups"][place].items() if key not in given
         }
-        device = next((parameter.device for parameter in parts.groups[place].params.values()), torch.device("cpu"))
+        # A control run, in which nothing learns, has no group of its own.
+        own = [parameter for group in parts.groups[place : place + 1] for parameter in group.params.values()]
+        device = own[0].device if own else torch.device("cpu")
         groups.append({**group, **moved(restored, device), "params": group["params"]})
     state = {numbers[name]: values for name, values in saved.items()}
     optimizer.load_state_dict({"state": state, "param_groups": groups})

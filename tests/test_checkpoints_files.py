@@ -256,8 +256,8 @@ def test_broken_folders_are_refused_by_name(tmp_path: Path) -> None:
     refused(folder, r"unet.config\.json: is not understood")
     changed(folder := copy(), "unet", class_embed_type="projection")
     refused(folder, "told classes or images")
-    (folder := copy()).joinpath("scheduler", "scheduler_config.json").write_text('{"prediction_type": "sample"}')
-    refused(folder, "was trained to predict 'sample'")
+    (folder := copy()).joinpath("scheduler", "scheduler_config.json").write_text('{"prediction_type": "flow"}')
+    refused(folder, "was trained to predict 'flow'")
     (folder := copy()).joinpath("unet", "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 9)
     refused(folder, "cannot be read as safetensors")
 

@@ -29,6 +29,7 @@ RULED = {  # options that rules between options or the file system restrict
     "huggingface_repo_id", "huggingface_path_in_repo", "wandb_api_key", "huggingface_token",
     "base_weights", "weights", "save_model_as",
     "dim_from_weights", "network_module", "prior_preservation", "stop_text_encoder_training", "token_string",
+    "adaptive_noise_scale", "min_timestep", "max_timestep", "min_snr_gamma",
 }  # fmt: skip
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 ARGUMENTS = st.dictionaries(
@@ -45,6 +46,10 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "lr_warmup_steps": st.integers(0, 10**6) | st.floats(1e-6, 0.999),
     "lr_scheduler": st.just("linear"),
     "text_encoder_lr": st.floats(0, 1),
+    "multires_noise_iterations": st.integers(1, 16),
+    "validation_timesteps": st.integers(1, 100),
+    "min_timestep": st.integers(1, 500),
+    "max_timestep": st.integers(501, 999),
     "unet_lr": st.floats(1e-9, 1),
     "face_crop_aug_range": st.tuples(st.floats(1e-9, 1), st.floats(1, 1e9)),
     "pretrained_model_name_or_path": st.just("a b\\'c\".ckpt"),
@@ -121,7 +126,8 @@ def test_schema_describes_every_option() -> None:
             assert set(entry["enum"]) == set(option.choices)
     assert schema["properties"]["max_train_steps"]["minimum"] == 1
     assert schema["properties"]["mem_eff_attn"]["deprecated"] is True
-    assert "min_snr_gamma" not in schema["properties"]
+    assert schema["properties"]["min_snr_gamma"]["exclusiveMinimum"] == 0
+    assert "torch_compile" not in schema["properties"]
     section = schema["additionalProperties"]
     assert section["additionalProperties"] is False
     assert set(section["properties"]) == set(schema["properties"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sd_train.config.catalogue import options
 from sd_train.config.parser import LoadedConfig, load_run_config
 from sd_train.errors import ConfigError
 
@@ -294,6 +295,16 @@ class TestRules:
             ("--lowvram", "--lowvram has no effect"),
             ("--console_log_level DEBUG", "redirect them"),
             ("--train_data_dir photos", "dataset_config is given, as in sd-scripts"),
+            ("--multires_noise_discount 0.8", "multires_noise_iterations is not given"),
+            ("--multires_noise_discount 0.3 --multires_noise_iterations 0", None),
+            ("--ip_noise_gamma 0 --ip_noise_gamma_random_strength", "ip_noise_gamma is not given"),
+            ("--logit_mean 1", "timestep_sampling is not logit_normal"),
+            ("--logit_mean 0 --logit_std 1 --min_timestep 0 --max_timestep 1000", None),
+            ("--huber_c 0.2", "--huber_c has no effect: loss_type is l2"),
+            ("--loss_type huber --huber_scale 2", "--huber_scale has no effect: huber_schedule is snr"),
+            ("--huber_schedule snr --huber_c 0.1 --huber_scale 1 --p2_k 1", None),
+            ("--p2_k 2", "--p2_k has no effect: p2_gamma is not given"),
+            ("--dream_detail_preservation 10", "dream_training is not given"),
         ],
     )
     def test_warned_or_accepted(self, words: str, expected: str | None) -> None:
@@ -324,7 +335,9 @@ def test_help_lists_every_option_and_imports_nothing_heavy() -> None:
     assert "heavy: []" in done.stdout
     for expected in ("training: ", "--max_train_steps N", "[default: 1600]", "not yet supported", "{no,fp16,bf16}"):
         assert expected in done.stdout
-    assert "--min_snr_gamma" not in done.stdout
+    for name, option in options().items():
+        assert (f"\n  --{name}" in done.stdout) == option.belongs_to("train_network"), name
+    assert "--torch_compile" not in done.stdout
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,13 +148,16 @@ def own_values(command: str) -> dict[str, Any]:
         "sample_every_n_epochs", "sample_at_first", "log_with", "logging_dir", "network_train_unet_only",
         "network_train_text_encoder_only", "network_module", "dim_from_weights", "save_model_as", "class_prompt",
         "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "prior_preservation", "vae", "cache_dir",
-        "overwrite",
+        "overwrite", "lr_scheduler_type", "lr_scheduler_args", "lr_decay_steps", "lr_scheduler_power",
+        "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio", "log_tracker_config", "log_tracker_name",
+        "wandb_api_key", "huggingface_token", "huggingface_path_in_repo", "soft_min_snr_gamma",
     )  # fmt: skip
     own = {name: option for name, option in options().items() if option.belongs_to(command) and name not in ruled}
     values = {name: example(option) for name, option in own.items()}
     lists: dict[str, Any] = {"resolution": "512,768", "lr_scheduler": "cosine", "lr_warmup_steps": 3}
     lists |= {"optimizer_args": ["betas=.9,.99"], "network_args": ["conv_dim=4"], "face_crop_aug_range": "1.0,2.0"}
     lists |= {"max_bucket_reso": 1024, "min_bucket_reso": 256, "unet_lr": 0.5, "text_encoder_lr": 0.25}
+    lists |= {"max_timestep": 900, "huggingface_repo_id": "someone/repo", "lr_scheduler_num_cycles": 1}
     if command != "train_textual_inversion":
         lists |= {"prior_preservation": "frozen", "class_prompt": "a dog"}
     return values | {name: value for name, value in lists.items() if options()[name].belongs_to(command)}

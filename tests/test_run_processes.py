@@ -31,6 +31,9 @@ RUNS = {
     "lora": "train_network --network_dim 2 --network_alpha 2 --use_ema --ema_decay 0.5",
     "embedding": f"{WORD} --num_vectors_per_token 2 --use_ema",
     "xti": f"{WORD} --xti",
+    "objective": "train_network --network_dim 2 --network_alpha 2 --network_train_unet_only --save_state_on_train_end "
+    "--noise_offset 0.1 --noise_offset_random_strength --multires_noise_iterations 4 --ip_noise_gamma 0.1 "
+    "--timestep_sampling importance --min_snr_gamma 5 --dream_training",
 }
 SEED, UPDATES = 2, 3
 SCRIPT = """
@@ -117,6 +120,15 @@ def test_two_processes_equal_one_with_the_doubled_batch(both: tuple[Path, Path],
         apart, moved = distance(two, one), distance(one, before)
         print(name, ending, apart, moved)
         assert apart < 1e-3 * moved
+
+
+def test_losses_of_all_processes_make_the_statistics_of_importance(both: tuple[Path, Path]) -> None:
+    two, one = (
+        json.loads((folder / "objective-state" / "progress.json").read_text())["extras"]["importance"]["moments"]
+        for folder in both
+    )
+    assert two == pytest.approx(one, rel=1e-3)
+    assert sum(moment > 0 for moment in one) > 4
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -143,8 +143,9 @@ def check_target(
 def _described(parts: ModelParts) -> str:
     from sd_train.families.published import TITLES
 
-    predicts = {"epsilon": "predicts noise", "v_prediction": "predicts v"}[parts.prediction]
-    kind = [TITLES[parts.family], predicts if parts.told else "whether it predicts noise or v is not told", parts.form]
+    words = {"epsilon": "predicts noise", "v_prediction": "predicts v", "sample": "predicts the picture"}
+    predicts = words[parts.prediction] if parts.told else "whether it predicts noise or v is not told"
+    kind = [TITLES[parts.family], predicts, parts.form]
     if (channels := parts.parts["unet"].config["in_channels"]) != 4:
         kind.append(f"{channels} input channels")
     if parts.zero_terminal_snr:
@@ -154,13 +155,15 @@ def _described(parts: ModelParts) -> str:
 
 def _metadata(parts: ModelParts, title: str) -> dict[str, str]:
     """The source's entries, and the least that modelspec asks for (https://github.com/Stability-AI/ModelSpec)."""
+    from sd_train.families.published import PREDICTION_WORDS
+
     metadata = {key: value for key, value in parts.metadata.items() if key not in _STALE}
     v_prediction = parts.prediction == "v_prediction"
     architecture = (
         "stable-diffusion-v2-768-v" if parts.family == "sd2" and v_prediction else _ARCHITECTURES[parts.family]
     )
     if parts.told:
-        metadata["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
+        metadata["modelspec.prediction_type"] = PREDICTION_WORDS[parts.prediction]
         metadata.setdefault("modelspec.architecture", architecture)
     defaults: Mapping[str, str] = {
         "modelspec.sai_model_spec": "1.0.0",

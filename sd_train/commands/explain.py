@@ -46,7 +46,8 @@ class Showing:
     crop_top_left: tuple[int, int]
     flipped: bool
     caption: str
-    timestep: int
+    timestep: int | None
+    """None: `--timestep_sampling importance` chooses it by the losses of the updates before."""
     weight: float
 
 
@@ -134,6 +135,7 @@ def showings(prepared: Prepared, number: int, row: int) -> Iterator[Showing]:
 
     updates, plan = prepared.updates, prepared.plan
     settings, record = updates.settings, plan.indexes[number].record(row)
+    by_losses = prepared.config.noise.timestep_sampling == "importance"
     for epoch in range(plan.epochs):
         for place in updates.appearances(number, row, epoch):
             if place.step >= plan.total_steps:
@@ -152,7 +154,7 @@ def showings(prepared: Prepared, number: int, row: int) -> Iterator[Showing]:
                     record, settings.seed, place.sample_epoch, place.repeat, place.step, plan.total_steps,
                     settings.caption_variants,
                 ),
-                timestep=int(draws.timesteps[0]),
+                timestep=None if by_losses else int(draws.timesteps[0]),
                 weight=record.weight * place.share,
             )  # fmt: skip
 
@@ -160,9 +162,10 @@ def showings(prepared: Prepared, number: int, row: int) -> Iterator[Showing]:
 def _in_words(time: Showing) -> str:
     top, left = time.crop_top_left
     flipped = ", flipped" if time.flipped else ""
+    timestep = "a timestep by the losses until then" if time.timestep is None else f"timestep {time.timestep}"
     weight = "" if time.weight == 1 else f", weight {time.weight:.4g}"
     return (
-        f"  update {time.update} (epoch {time.epoch}, batch {time.batch}): timestep {time.timestep}, resized to "
+        f"  update {time.update} (epoch {time.epoch}, batch {time.batch}): {timestep}, resized to "
         f"{time.resized[0]}x{time.resized[1]}, {time.bucket[0]}x{time.bucket[1]} cut out at left {left} top {top}"
         f"{flipped}{weight}\n    {time.caption!r}"
     )

@@ -98,7 +98,10 @@ class ValidationOptions(Group):
         None, ge=1, description="Validate after every n-th epoch; not given, nor validate_every_n_steps: after each."
     )
     max_validation_steps: int | None = Field(
-        None, ge=1, description="At most so many batches of each validation dataset; not given: all."
+        None, ge=1, description="At most so many batches in each validation; not given: all."
+    )
+    validation_timesteps: int = Field(
+        4, ge=1, le=100, description="Timesteps that each image is scored at; all of a validation are evenly spread."
     )
     save_best: bool = Field(False, description="Keep the model with the lowest validation loss as NAME-best.")
     validation_patience: int | None = Field(

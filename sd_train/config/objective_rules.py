@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sd_train.config.catalogue import options
 from sd_train.config.rules import Chosen
 from sd_train.errors import Problems
 
@@ -19,11 +20,16 @@ def check_objective(chosen: Chosen, problems: Problems, warnings: list[str]) -> 
     """Add what is wrong between these options to `problems` and what has no effect to `warnings`."""
     values = chosen.values
     for name, needed in _NEEDS.items():
-        if chosen.valid(name, needed) and not values[needed] and name in chosen.given and values[name] is not False:
+        if chosen.valid(needed) and not values[needed] and _differs(chosen, name):
             warnings.append(f"{chosen.where(name)} has no effect: {needed} is not given")
     _noise(chosen, problems, warnings)
     _loss(chosen, problems, warnings)
     _validation(chosen, problems, warnings)
+
+
+def _differs(chosen: Chosen, name: str) -> bool:
+    """Whether an option is given with a value of its own; kohya_ss writes the defaults of all."""
+    return name in chosen.given and chosen.valid(name) and chosen.values[name] != options()[name].default
 
 
 def _noise(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
@@ -39,7 +45,7 @@ def _noise(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
                          "give a smaller min_timestep or a larger max_timestep")
     if chosen.valid("timestep_sampling") and values["timestep_sampling"] != "logit_normal":
         for name in ("logit_mean", "logit_std"):
-            if name in chosen.given:
+            if _differs(chosen, name):
                 warnings.append(f"{chosen.where(name)} has no effect: timestep_sampling is not logit_normal")
 
 
@@ -48,13 +54,11 @@ def _loss(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
     if chosen.valid("loss_type", "huber_schedule"):
         bent = values["loss_type"] in ("huber", "smooth_l1")
         for name in ("huber_schedule", "huber_c", "huber_scale"):
-            if name not in chosen.given:
+            if not _differs(chosen, name):
                 continue
-            # kohya_ss writes the first two with every loss, as they stand here.
-            usual = values.get(name) in ("snr", 0.1, 1.0)
-            if not bent and not usual:
+            if not bent:
                 warnings.append(f"{chosen.where(name)} has no effect: loss_type is {values['loss_type']}")
-            elif bent and name == "huber_scale" and not usual and values["huber_schedule"] == "snr":
+            elif name == "huber_scale" and values["huber_schedule"] == "snr":
                 warnings.append(f"{chosen.where(name)} has no effect: huber_schedule is snr, as in sd-scripts")
     if values.get("min_snr_gamma") is not None and values.get("soft_min_snr_gamma") is not None:
         where = f"{chosen.where('min_snr_gamma')} and {chosen.where('soft_min_snr_gamma')}"

@@ -62,11 +62,20 @@ def unchanged(files: SubsetFiles) -> SubsetFiles:
 
     Of wildcards and of several lines the first counts.
     """
-    subset = files.subset
     captions = files.captions
-    if subset.enable_wildcard:
-        captions = TextColumn.of(_first_choice(caption.partition("\n")[0]) for caption in captions)
-    settled = replace(
+    if files.subset.enable_wildcard:
+        captions = TextColumn.of(first_caption(caption, files.subset) for caption in captions)
+    return replace(files, subset=unchanged_subset(files.subset), captions=captions)
+
+
+def first_caption(caption: str, subset: SubsetConfig) -> str:
+    """What validation sees of an image's caption: of wildcards and of several lines the first."""
+    return _first_choice(caption.partition("\n")[0]) if subset.enable_wildcard else caption
+
+
+def unchanged_subset(subset: SubsetConfig) -> SubsetConfig:
+    """`subset` with nothing that differs from one look to the next; its captions are those of `first_caption`."""
+    return replace(
         subset,
         num_repeats=1,
         flip_aug=False,
@@ -82,7 +91,6 @@ def unchanged(files: SubsetFiles) -> SubsetFiles:
         caption_tag_dropout_rate=0.0,
         token_warmup_step=0,
     )
-    return replace(files, subset=settled, captions=captions)
 
 
 def _settled(text: str | None, subset: SubsetConfig) -> str | None:

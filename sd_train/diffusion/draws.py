@@ -48,7 +48,7 @@ def draw(settings: DrawSettings, step: int, places: Sequence[int], shape: tuple[
     seed = settings.seed
 
     def normal(purpose: str) -> Tensor:
-        return _normal([derive(seed, purpose, step, place) for place in places], shape)
+        return normal_rows([derive(seed, purpose, step, place) for place in places], shape)
 
     more = draw_noise(settings.noise, seed, step, places, shape)
     if settings.timesteps.sampling == "importance":
@@ -59,10 +59,11 @@ def draw(settings: DrawSettings, step: int, places: Sequence[int], shape: tuple[
 
 def fixed_latent_noise(seed: int, keys: Sequence[str], shape: tuple[int, ...]) -> Tensor:
     """[B, *shape], standard normal, float32: the same for an image in all epochs, a function of (seed, its key)."""
-    return _normal([derive(seed, "fixed latent", key) for key in keys], shape)
+    return normal_rows([derive(seed, "fixed latent", key) for key in keys], shape)
 
 
-def _normal(streams: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+def normal_rows(streams: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """[B, *shape], standard normal, float32: a row for each number of `streams`."""
     rows = np.empty((len(streams), *shape), np.float32)
     for row, key in zip(rows, streams, strict=True):
         np.random.Generator(np.random.Philox(key=key)).standard_normal(out=row, dtype=np.float32)

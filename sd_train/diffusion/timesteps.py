@@ -88,9 +88,14 @@ class Importance:
         return moved.clamp(max=self.high - 1), 1.0 / (BINS * p[part])
 
     def note(self, timesteps: Tensor, losses: Tensor, real: Tensor) -> None:
-        """Take in [B] losses at [B] timesteps; `real` [B] is 0 for padding."""
+        """Take in [B] losses at [B] timesteps; `real` [B] is 0 for padding.
+
+        Losses that are not finite are passed over: their updates are, too, and the average would never forget them.
+        """
         part = ((timesteps - self.low) * BINS // (self.high - self.low)).clamp(0, BINS - 1)
-        self._squares.index_add_(0, part, losses.detach().float().square() * real)
+        squares = losses.detach().float().square()
+        real = real * squares.isfinite()
+        self._squares.index_add_(0, part, torch.where(real > 0, squares, 0.0) * real)
         self._counts.index_add_(0, part, real)
 
     def sums(self) -> Tensor:

@@ -197,11 +197,12 @@ def _noted(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]
 
 def _prediction_word(word: Any, path: Path) -> Prediction | None:
     match word:
-        case None | "epsilon" | "v_prediction":
+        case None | "epsilon" | "v_prediction" | "sample":
             known: Prediction | None = word
             return known
     raise ModelError(
-        f"{path}: was trained to predict {word!r} (its scheduler says so); only epsilon and v are supported"
+        f"{path}: was trained to predict {word!r} (its scheduler says so); only epsilon, v_prediction and sample are "
+        "supported"
     )
 
 
@@ -212,6 +213,8 @@ def _of_metadata(metadata: Mapping[str, str]) -> Prediction | None:
             return "epsilon"
         case "v" | "v_prediction" | "v-prediction":
             return "v_prediction"
+        case "sample":
+            return "sample"
     architecture = metadata.get("modelspec.architecture", "").split("/")[0]
     version = metadata.get("ss_base_model_version", "")
     if architecture == "stable-diffusion-v2-768-v" or version == "sd_v2_v":

@@ -10,7 +10,10 @@ from typing import Any, Literal
 from sd_train.families.tokenizer import END
 
 FamilyName = Literal["sd1", "sd2", "sdxl", "sdxl_refiner"]
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+PREDICTION_WORDS: dict[Prediction, str] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+"""modelspec's prediction_type."""
 
 TITLES: dict[FamilyName, str] = {
     "sd1": "Stable Diffusion 1.x",
@@ -48,11 +51,12 @@ def published_config(name: str, family: FamilyName = "sd1", prediction: Predicti
 def scheduler_config(family: FamilyName, prediction: Prediction, zero_terminal_snr: bool) -> dict[str, Any]:
     """The scheduler that a model of `family` is published with, adapted to what its U-Net predicts.
 
-    PNDM knows no rescaled betas, and they need the last timestep (Lin et al. 2024), so DDIM takes its place there.
+    PNDM knows no rescaled betas, and they need the last timestep (Lin et al. 2024), nor predictions of the picture, so
+    DDIM takes its place there.
     """
     config = published_config("scheduler", family, prediction)
+    if config["_class_name"] == "PNDMScheduler" and (zero_terminal_snr or prediction == "sample"):
+        config = published_config("scheduler", "sd2", "v_prediction") | {"prediction_type": prediction}
     if zero_terminal_snr:
-        if config["_class_name"] == "PNDMScheduler":
-            config = published_config("scheduler", "sd2", "v_prediction") | {"prediction_type": prediction}
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return config

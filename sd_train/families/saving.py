@@ -26,7 +26,7 @@ from sd_train.families.keys_original import (
 from sd_train.families.layout_folder import fill_model_folder
 from sd_train.families.parts import CONFIG_ENTRY, ModelParts, fitting_scheduler, with_prediction
 from sd_train.families.pickles import write_pickled
-from sd_train.families.published import scheduler_config
+from sd_train.families.published import PREDICTION_WORDS, scheduler_config
 from sd_train.families.recognise import V_PREDICTION_MARKER, ZERO_SNR_MARKER, NotRecognisedError, recognise
 from sd_train.families.sources import CastSource, DictSource, JoinedSource, RenamedSource, TensorSource
 from sd_train.families.streaming import put_safetensors
@@ -86,9 +86,9 @@ def save_model(
     source = original_tensors(parts, leftovers)
     entries |= _noted(parts, source)
     written = CastSource(source, dtype)
-    if parts.family == "sd2" and parts.told:
-        # Neither names nor shapes tell the two kinds of 2.x apart.
-        entries.setdefault("modelspec.prediction_type", "v" if parts.prediction == "v_prediction" else "epsilon")
+    if (parts.family == "sd2" and parts.told) or parts.prediction == "sample":
+        # Neither names nor shapes tell the two kinds of 2.x apart, nor that the picture is predicted.
+        entries.setdefault("modelspec.prediction_type", PREDICTION_WORDS[parts.prediction])
     if form == "ckpt":
         write_whole(path, lambda temporary: write_pickled(temporary, written, entries), option)
     else:

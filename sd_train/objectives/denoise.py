@@ -80,24 +80,27 @@ class Denoise:
         now = None
         with self.device.autocast():
             conditioning = self._conditioning(batch, drawn.images)
-            noisy, noise = drawn.noisy, drawn.noise
-            if self.settings.dream is not None:
-                noisy, noise = self._dream(drawn, conditioning, self.settings.dream)
+        noisy, noise = drawn.noisy, drawn.noise
+        if self.settings.dream is not None:
+            noisy, noise = self._dream(drawn, conditioning, self.settings.dream)
+        with self.device.autocast():
             prediction = self.family.predict(noisy, drawn.timesteps, conditioning)
             if self._prior is not None:
                 now = self._prior.now(batch, drawn.images, drawn.noisy, drawn.timesteps)
         mask = None if batch.mask is None else self.device.move(batch.mask)
         losses = self._distance(prediction, self._target(drawn.latents, noise, drawn.timesteps), drawn.timesteps, mask)
         weight = self.device.move(batch.weight)
-        if self.importance is not None:
-            self.importance.note(drawn.timesteps, losses, (weight > 0).float())
         if self._prior is not None and before is not None and now is not None:
             kept = self._distance(now, before, drawn.timesteps, None) * self._prior.prior.weight
             self._prior.note(kept, weight)
             losses = losses + kept
         if self._weights is not None:
             losses = losses * self._weights[drawn.timesteps]
-        return losses * weight if drawn.share is None else losses * weight * drawn.share
+        if self.importance is not None and drawn.share is not None:
+            # What the timestep contributes, its weight applied; what a sample counts is another matter.
+            self.importance.note(drawn.timesteps, losses, (weight > 0).float())
+            losses = losses * drawn.share
+        return losses * weight
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
@@ -139,8 +142,12 @@ class Denoise:
         return _Noisy(images, latents, noise, timesteps, noisy, share)
 
     def _dream(self, drawn: _Noisy, conditioning: Conditioning, exponent: float) -> tuple[Tensor, Tensor]:
-        """Noisy latents and noise with a part of the model's own error in them (Zhou et al. 2024, "DREAM", eq. 8)."""
-        with torch.no_grad():
+        """Noisy latents and noise with a part of the model's own error in them (Zhou et al. 2024, "DREAM", eq. 8).
+
+        The autocast is its own: one remembers what weights it has cast, in earlier versions of PyTorch also those
+        that were cast here, without a way for gradients.
+        """
+        with torch.no_grad(), self.device.autocast():
             prediction = self.family.predict(drawn.noisy, drawn.timesteps, conditioning).float()
         abar = self.family.schedule.alphas_cumprod[drawn.timesteps].view(-1, *[1] * (drawn.noisy.dim() - 1))
         signal, noise = abar.sqrt(), (1.0 - abar).sqrt()

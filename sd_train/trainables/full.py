@@ -236,7 +236,8 @@ def _with_trained(stored: ModelParts, trained: Mapping[str, Tensor], live: Model
         if found is None or _shapes(found.tensors) != _shapes(part.tensors):
             raise ModelError(f"the {TITLES[role]} is not what it was when the training began")
         parts[role] = Part(found.config, _Mixed(found.tensors, own, part.tensors))
-    return replace(stored, parts=parts)
+    # The run may have trained another noise schedule than the base model's.
+    return replace(stored, parts=parts, zero_terminal_snr=live.zero_terminal_snr)
 
 
 def _shapes(source: TensorSource) -> dict[str, tuple[int, ...]]:
