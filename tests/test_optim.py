@@ -86,7 +86,8 @@ def test_continues_bit_for_bit(name: str, arguments: dict[str, Any]) -> None:
     with torch.no_grad():
         resumed.first.copy_(interrupted.first)
         resumed.second.copy_(interrupted.second)
-    load_optimizer_state(resumed.parts, tensors, through_json(plain))
+    copies = {key: tensor.clone() for key, tensor in tensors.items()}
+    load_optimizer_state(resumed.parts, copies, through_json(plain))
     for before, after in zip(interrupted.optimizer.param_groups, resumed.optimizer.param_groups, strict=True):
         kept = [{key: value for key, value in group.items() if key != "params"} for group in (before, after)]
         assert kept[0] == kept[1]
@@ -98,15 +99,14 @@ def test_continues_bit_for_bit(name: str, arguments: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_saved_state_is_a_copy(name: str) -> None:
+def test_the_state_is_no_copy(name: str) -> None:
+    """Beside a whole model there may be no room for its optimizer's state twice."""
     problem = Problem(name)
     problem.train(3)
-    tensors, _ = optimizer_state(problem.parts)
-    before = {key: tensor.clone() for key, tensor in tensors.items()}
-    problem.train(3)
-    assert all(torch.equal(tensors[key], before[key]) for key in before)
-    again, _ = optimizer_state(problem.parts)
-    assert any(not torch.equal(again[key], before[key]) for key in before)
+    live = {tensor.data_ptr() for state in problem.optimizer.state.values() for tensor in state.values()
+            if isinstance(tensor, Tensor)}  # fmt: skip
+    saved = {tensor.data_ptr() for key, tensor in optimizer_state(problem.parts)[0].items() if key.startswith("state/")}
+    assert saved == live != set()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     dtype = None if given.save_precision is None else getattr(torch, PRECISIONS[given.save_precision])
     print(f"read  {given.src}: {_described(parts)}")
     keep = not given.prune and not form.startswith("diffusers")
-    metadata = _metadata(parts, given.dst.stem)
+    metadata = _metadata(parts, given.dst.stem, form)
     save_model(given.dst, parts, form, dtype, metadata, leftovers=keep, option="DST")
     print(
         f"wrote {given.dst}: {form}, {_size(given.dst)}" + (f", {given.save_precision}" if given.save_precision else "")
@@ -152,7 +152,7 @@ def _described(parts: ModelParts) -> str:
     return ", ".join(kind)
 
 
-def _metadata(parts: ModelParts, title: str) -> dict[str, str]:
+def _metadata(parts: ModelParts, title: str, form: str) -> dict[str, str]:
     """The source's entries, and the least that modelspec asks for (https://github.com/Stability-AI/ModelSpec)."""
     metadata = {key: value for key, value in parts.metadata.items() if key not in _STALE}
     v_prediction = parts.prediction == "v_prediction"
@@ -162,11 +162,10 @@ def _metadata(parts: ModelParts, title: str) -> dict[str, str]:
     if parts.told:
         metadata["modelspec.prediction_type"] = "v" if v_prediction else "epsilon"
         metadata.setdefault("modelspec.architecture", architecture)
-    defaults: Mapping[str, str] = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": title,
-    }
+    # Whose names the tensors have.
+    stability = "https://github.com/Stability-AI/generative-models"
+    metadata["modelspec.implementation"] = "diffusers" if form.startswith("diffusers") else stability
+    defaults: Mapping[str, str] = {"modelspec.sai_model_spec": "1.0.0", "modelspec.title": title}
     return {**defaults, **metadata}
 
 
