@@ -253,7 +253,9 @@ def _make_checkpoint(
     prepared: Prepared, family: Family, parts: StateParts, report: Report, uploader: Uploader | None
 ) -> Checkpoint:
     config, is_main = prepared.config, prepared.device.is_main
-    base = describe_base(Path(config.model.pretrained_model_name_or_path)) if is_main else {}
+    model = config.model
+    vae = None if model.vae is None else Path(model.vae)
+    base = describe_base(Path(model.pretrained_model_name_or_path), vae) if is_main else {}
     facts = _facts(prepared, family, parts.optimizer)
     saving = config.saving
     intervals = Intervals(
@@ -321,4 +323,5 @@ def _facts(prepared: Prepared, family: Family, optimizer: torch.optim.Optimizer)
         architecture=family.architecture,
         prediction=family.prediction,
         zero_terminal_snr=family.zero_terminal_snr,
+        folder=not prepared.names.extension,
     )

@@ -96,12 +96,12 @@ class Checkpoint:
                 f"{path}: not written, the weights at step {progress.step} are not finite; go back to an earlier save "
                 "and use a lower learning rate"
             )
-        ema = self.parts.ema
+        ema, told = self.parts.ema, self.metadata(progress)
         with self.report.untimed():
             with InferenceWeights(self.parts.trainable, self.parts.optimizer).for_inference():
-                self.export(self.parts.trainable, path, self.metadata(progress), None)
+                self.export(self.parts.trainable, path, told, None)
                 if ema is not None:
-                    average = {**self.metadata(progress), "ss_ema_decay": str(ema.decay)}
+                    average = {**told, "ss_ema_decay": str(ema.decay)}
                     self.export(self.parts.trainable, self.names.average(stem), average, ema.tensors)
             if state:
                 save_state(self.names.state(stem), progress, self.parts)

@@ -178,8 +178,8 @@ class Updater:
         return figures
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, a scalar."""
-        if not self.params:
+        """Add the gradients of `loss`, a scalar; there are none where dropout left every module out of the batch."""
+        if not self.params or not loss.requires_grad:
             return
         scaled = loss if self.scaler is None else loss * self.scaler.scale
         torch.autograd.backward(scaled)

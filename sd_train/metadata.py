@@ -1,4 +1,4 @@
-"""What a saved LoRA says of itself: sd-scripts' `ss_*` entries and `modelspec.*`, as web UIs read them."""
+"""What a saved file says of itself: sd-scripts' `ss_*` entries and `modelspec.*`, as web UIs read them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sd_train.errors import ConfigError, Problem
 from sd_train.files import sha256
 from sd_train.types import Progress
 
-# Options of sd-scripts whose part of the trainer does not exist: what it writes when they are not given.
+# Options of sd-scripts whose part of the trainer does not exist: what it writes into LoRAs when they are not given.
 _NOT_GIVEN = {
     "ss_full_fp16": "False",
     "ss_lowram": "False",
@@ -62,6 +62,8 @@ class RunFacts:
     architecture: str
     prediction: str
     zero_terminal_snr: bool = False
+    folder: bool = False
+    """Whether a save is a whole model as diffusers has it."""
 
 
 def now() -> float:
@@ -82,10 +84,10 @@ def now() -> float:
 
 def build_metadata(config: RunConfig, facts: RunFacts, base: Mapping[str, str], progress: Progress) -> dict[str, str]:
     """The file's metadata after `progress.step` updates; `base` holds what `describe_base` said."""
-    entries: dict[str, Any] = {**_NOT_GIVEN, **_from_config(config), **_from_facts(facts)}
+    entries: dict[str, Any] = {**_from_config(config), **_from_facts(facts)}
     match config.command:
         case "train_network":
-            entries |= _from_network(config, facts)
+            entries = {**_NOT_GIVEN, **entries, **_from_network(config, facts)}
         case "train_textual_inversion":
             entries |= _from_embedding(config)
         case _:
@@ -107,14 +109,18 @@ def build_metadata(config: RunConfig, facts: RunFacts, base: Mapping[str, str], 
     return metadata | _modelspec(config, facts)
 
 
-def describe_base(source: Path) -> dict[str, str]:
-    """Name and hashes of the base model's file; a folder has no hash."""
-    described = {"ss_sd_model_name": source.name}
-    if source.is_file():
-        with source.open("rb") as file:
-            file.seek(0x100000)
-            described["ss_sd_model_hash"] = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-        described["ss_new_sd_model_hash"] = sha256(source)
+def describe_base(source: Path, vae: Path | None = None) -> dict[str, str]:
+    """Name and hashes of the base model's file, and of the one that its VAE was taken from; a folder has no hash."""
+    described: dict[str, str] = {}
+    for kind, path in (("sd_model", source), ("vae", vae)):
+        if path is None:
+            continue
+        described[f"ss_{kind}_name"] = path.name
+        if path.is_file():
+            with path.open("rb") as file:
+                file.seek(0x100000)
+                described[f"ss_{kind}_hash"] = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+            described[f"ss_new_{kind}_hash"] = sha256(path)
     return described
 
 
@@ -371,11 +377,12 @@ def _modelspec(config: RunConfig, facts: RunFacts) -> dict[str, str]:
     name = config.saving.output_name or config.embedding.token_string
     title = given.metadata_title or name or f"{'LoRA' if network else 'Checkpoint'}@{moment}"
     sdxl = facts.base_version.startswith("sdxl")
+    # As sd-scripts has it: also of the LoRAs of Stable Diffusion 1.x and 2.x, though not of embeddings.
+    diffusers = facts.folder or (network and not sdxl)
     entries = {
         "sai_model_spec": "1.0.1",
         "architecture": facts.architecture + kind,
-        # sd-scripts: "diffusers" for the LoRAs of Stable Diffusion 1.x and 2.x alone.
-        "implementation": "diffusers" if network and not sdxl else "https://github.com/Stability-AI/generative-models",
+        "implementation": "diffusers" if diffusers else "https://github.com/Stability-AI/generative-models",
         "implementation_version": f"sd_train/{__version__}",
         "title": title,
         "resolution": f"{width}x{height}",

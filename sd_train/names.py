@@ -9,6 +9,12 @@ from pathlib import Path
 
 from sd_train.errors import RunError
 
+EXTENSIONS = (".safetensors", ".ckpt", ".pt", "")
+"""Of models in all forms; the last is that of folders."""
+
+_OF_FOLDERS = ("manifest.json", "progress.json", "model_index.json")
+"""The first two are in states, the last one in model folders."""
+
 
 @dataclass(frozen=True)
 class FileNames:
@@ -50,13 +56,38 @@ class FileNames:
         return self.folder / f"{stem}-state"
 
     def existing(self) -> list[Path]:
-        """What an earlier run of the same names left in the folder."""
+        """What an earlier run of the same names left in the folder, also in other forms than this one's."""
         if not self.folder.is_dir():
             return []
+        own, every = self._pattern(self.extension), [self._pattern(extension) for extension in EXTENSIONS]
+        return sorted(
+            entry
+            for entry in self.folder.iterdir()
+            if own.fullmatch(entry.name)
+            or (any(pattern.fullmatch(entry.name) for pattern in every) and _is_written(entry, empty=False))
+        )
+
+    def _pattern(self, extension: str) -> re.Pattern[str]:
+        """Of the names of states, and of models with that extension."""
         stems = [re.escape(self.last), re.escape(self.best), re.escape(self.name or "at") + r"-step\d{8}"]
         stems.append(re.escape(self.name or "epoch") + r"-\d{6}")
-        pattern = re.compile(f"(?:{'|'.join(stems)})(?:(?:-ema)?{re.escape(self.extension)}|-state)")
-        return sorted(entry for entry in self.folder.iterdir() if pattern.fullmatch(entry.name))
+        return re.compile(f"(?:{'|'.join(stems)})(?:(?:-ema)?{re.escape(extension)}|-state)")
+
+    def replaced(self) -> list[Path]:
+        """Those of `existing` that a run of this form writes in the place of."""
+        return [path for path in self.existing() if self._pattern(self.extension).fullmatch(path.name)]
+
+    def foreign(self) -> list[Path]:
+        """Those of `replaced` that no run has written: they are neither models nor states."""
+        return [path for path in self.replaced() if not _is_written(path)]
+
+    def holding(self, path: Path) -> Path | None:
+        """The model or state folder of this run, there or to come, that `path` is or lies in."""
+        folder, place = self.folder.resolve(), path.resolve()
+        if folder not in place.parents:
+            return None
+        first = folder / place.relative_to(folder).parts[0]
+        return first if self._pattern(self.extension).fullmatch(first.name) else None
 
     def states(self) -> list[Path]:
         """The state folders among them."""
@@ -86,6 +117,13 @@ class FileNames:
                     f"{path}: cannot be deleted for --overwrite ({problem.strerror}); check its permissions, or choose "
                     "another --output_name"
                 ) from None
+
+
+def _is_written(path: Path, *, empty: bool = True) -> bool:
+    """Whether a model or state of ours may be at `path`, going by its kind; `empty`: as what an empty folder counts."""
+    if not path.is_dir():
+        return path.name.endswith(tuple(extension for extension in EXTENSIONS if extension))
+    return any((path / file).is_file() for file in _OF_FOLDERS) or (empty and not any(path.iterdir()))
 
 
 def step_of(path: Path) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from sd_train.config.catalogue import options
 from sd_train.config.options import RunConfig
 from sd_train.data.batches import BatchSettings, Draw, Updates
 from sd_train.data.config import RENAMED_OPTIONS, dataset_fallbacks, load_datasets
@@ -222,8 +223,12 @@ def unused_fallbacks(config: RunConfig, datasets: Sequence[DatasetConfig]) -> li
     warnings = []
     for name, value in dataset_fallbacks(run_options(config)).items():
         option = own_names.get(name, name)
-        # Bucket limits are rounded where they are used, so a difference says nothing.
-        if config.origins.get(option, "default") == "default" or name in ("min_bucket_reso", "max_bucket_reso"):
+        # Bucket limits are rounded where they are used, so a difference says nothing; a default that is written out, as
+        # kohya_ss does, is no wish.
+        known = options().get(option)
+        usual = known is not None and value == known.default and not config.origins.get(option, "").startswith("--")
+        rounded = name in ("min_bucket_reso", "max_bucket_reso")
+        if config.origins.get(option, "default") == "default" or rounded or usual:
             continue
         holders: list[object] = list(datasets)
         if not hasattr(datasets[0], name):

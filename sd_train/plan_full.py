@@ -1,4 +1,4 @@
-"""What must not be between a model and the options of `fine_tune` and `train_db`, known before it is loaded."""
+"""What must not be between a model and the options, whole models' above all, known before it is loaded."""
 
 from __future__ import annotations
 
@@ -26,24 +26,51 @@ def check_blocks(config: RunConfig, kind: ModelKind | None) -> None:
 
 
 def refuse_own_source(config: RunConfig, names: FileNames) -> bool:
-    """True; what the run starts from must not be among the files that it writes, or with --overwrite deletes.
+    """True; nothing that the run reads, and nothing that others wrote, may be among the files that it replaces.
 
     Raises:
-        ConfigError: if it is.
+        ConfigError: with what is.
     """
-    written = [path.resolve() for path in names.existing()]
-    sources = {"pretrained_model_name_or_path": config.model.pretrained_model_name_or_path, "vae": config.model.vae}
-    for option, source in sources.items():
-        if source is None:
-            continue
-        given = Path(source).resolve()
-        clash = next((path for path in written if path == given or path in given.parents or _part(path, given)), None)
-        if clash is not None:
-            raise ConfigError(
-                f"--{option} = {source}: {clash} is also what this run writes; choose another --output_name or "
+    # What --overwrite deletes is more than what is replaced.
+    written = [path.resolve() for path in (names.existing() if config.saving.overwrite else names.replaced())]
+    problems = []
+    for option, given in _paths(config):
+        place = given.resolve()
+        clash = next((path for path in written if path == place or path in place.parents or _part(path, place)), None)
+        if (clash := clash or names.holding(given)) is not None:
+            problems.append(
+                f"--{option} = {given}: {clash} is also what this run writes; choose another --output_name or "
                 "--output_dir"
             )
+    if config.sampling.sample_prompts is not None and (clash := names.holding(names.folder / "sample")) is not None:
+        problems.append(f"--output_name = {names.name}: {clash} is where sample pictures go; choose another name")
+    if not problems:
+        problems = [
+            f"--output_dir = {names.folder}: {path.name} is neither a saved model nor a state, and this run would "
+            "replace it; choose another --output_name"
+            for path in names.foreign()
+        ]
+    if problems:
+        raise ConfigError(*problems)
     return True
+
+
+def _paths(config: RunConfig) -> list[tuple[str, Path]]:
+    """What the run reads, and where else it writes, by option."""
+    model, network, data = config.model, config.network, config.dataset
+    options: dict[str, str | Path | None] = {
+        "pretrained_model_name_or_path": model.pretrained_model_name_or_path, "vae": model.vae,
+        "dataset_config": data.dataset_config, "train_data_dir": data.train_data_dir,
+        "reg_data_dir": data.reg_data_dir, "in_json": data.in_json, "cache_dir": data.cache_dir,
+        "logging_dir": config.logging.logging_dir,
+    }  # fmt: skip
+    found = [(option, Path(path)) for option, path in options.items() if path is not None]
+    found += [("base_weights", path) for path in network.base_weights]
+    if config.saving.resume is None:
+        # A run that goes on takes its weights from the state.
+        starts = {"network_weights": network.network_weights, "weights": config.embedding.weights}
+        found += [(option, path) for option, path in starts.items() if path is not None]
+    return found
 
 
 def _part(path: Path, model: Path) -> bool:

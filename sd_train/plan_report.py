@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sd_train.config.options import RunConfig
-from sd_train.data.captions import sample_caption
-from sd_train.data.images import sample_view
 from sd_train.data.index import ImageIndex
 from sd_train.data.masks import LATENT_CELL
-from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.data.settings import DatasetConfig
 from sd_train.data.shards import UNIT
 from sd_train.families.parts import read_model
 from sd_train.families.sizes import model_sizes
@@ -26,8 +22,7 @@ from sd_train.plan_data import caches_latents, caches_texts, model_request, writ
 from sd_train.plan_network import network_sizes
 from sd_train.plan_optimizer import describe_state
 from sd_train.plan_points import epoch_ends, multiples
-from sd_train.plan_validation import describe_validation, validation_json
-from sd_train.plan_warnings import plan_warnings
+from sd_train.plan_validation import describe_validation
 from sd_train.plan_words import word_numbers
 
 _BYTES = {"float": 4, "fp16": 2, "bf16": 2, None: 4}
@@ -83,7 +78,29 @@ def describe(plan: Plan, config: RunConfig) -> str:
     lines.append(f"training: {plan.total_steps} updates, {epochs}{warmup}")
     rates = ", ".join(f"{role} {rate:g}" for role, rate in plan.rates.items())
     lines.append(f"learning rates: {rates or 'none above 0, nothing learns: a control run'}")
+    lines += _describe_options(config)
     return "\n".join(lines)
+
+
+def _describe_options(config: RunConfig) -> list[str]:
+    """What changes what is trained and neither rates nor counts show."""
+    network, full, lines = config.network, config.full, list[str]()
+    if config.command == "train_network" and network.network_args:
+        given = " ".join(f"{key}={value}" for key, value in network.network_args.items())
+        lines.append(f"network: {network.network_module} {given}")
+    if network.base_weights:
+        strengths = [*network.base_weights_multiplier, *[1.0] * len(network.base_weights)]
+        merged = (f"{path} ({strength:g})" for path, strength in zip(network.base_weights, strengths, strict=False))
+        lines.append(f"merged into the model first: {', '.join(merged)}")
+    if config.command == "train_db" and (full.stop_text_encoder_training or 0) > 0:
+        lines.append(f"the text encoder learns for the first {full.stop_text_encoder_training} updates only")
+    if full.block_lr is not None:
+        lines.append(f"the U-Net's rates by block: {', '.join(f'{rate:g}' for rate in full.block_lr)}")
+    if config.training.prior_preservation is not None:
+        lines.append(f"kept as the base model has it: {config.training.class_prompt!r}")
+    if config.ema.use_ema:
+        lines.append(f"moving average with decay {config.ema.ema_decay:g}, saved as NAME-ema")
+    return lines
 
 
 def _describe_dataset(number: int, index: ImageIndex) -> list[str]:
@@ -100,7 +117,7 @@ def _describe_dataset(number: int, index: ImageIndex) -> list[str]:
         source = subset.metadata_file or subset.image_dir
         kind = (", regularisation" if subset.is_reg else "") + (", masked" if subset.masked else "")
         lines.append(f"  {source}: {int(used.sum())} images, {_number(float(index.repeats[used].sum()))} samples{kind}")
-    loss, counts = crop_loss(index), _samples_by_bucket(index)
+    loss, counts = crop_loss(index), samples_by_bucket(index)
     broken = index.bucket_of[index.repeats != np.floor(index.repeats)]
     for place, (bucket_width, bucket_height) in enumerate(index.buckets):
         lines.append(
@@ -114,7 +131,7 @@ def _number(value: float) -> str:
     return str(round(value)) if abs(value - round(value)) < 1e-6 else f"{value:.2f}"
 
 
-def _samples_by_bucket(index: ImageIndex) -> list[float]:
+def samples_by_bucket(index: ImageIndex) -> list[float]:
     """Samples of an epoch in each bucket; a fraction is the mean over epochs."""
     counts: list[float] = np.bincount(index.bucket_of, index.repeats, minlength=len(index.buckets)).round(6).tolist()
     return counts
@@ -198,7 +215,7 @@ def _sizes(prepared: Prepared) -> tuple[int, int] | tuple[None, None]:
         return learned, learned * _BYTES[config.saving.save_precision]
     parts, precision = read_model(model_request(config)), config.saving.save_precision
     if config.command in ("fine_tune", "train_db"):
-        return model_sizes(parts, rates, None if precision is None else _BYTES[precision])
+        return model_sizes(parts, rates, None if precision is None else _BYTES[precision], config.full.block_lr)
     if config.network.network_module != "networks.lora":
         return None, None
     numbers = network_sizes(config, prepared.kind, parts)
@@ -239,7 +256,8 @@ def _previews(prepared: Prepared) -> list[int]:
 def describe_outputs(prepared: Prepared) -> str:
     """What will be written, in words."""
     written = outputs(prepared)
-    lines = [f"saves: {len(written.saves)} files in {prepared.config.saving.output_dir}"]
+    files = "1 file" if len(written.saves) == 1 else f"{len(written.saves)} files"
+    lines = [f"saves: {files} in {prepared.config.saving.output_dir}"]
     if prepared.resume is not None:
         lines.insert(0, f"goes on after update {prepared.progress.step}, from {prepared.resume}")
     for save in (*written.saves[:6], *written.saves[-1:]) if len(written.saves) > 7 else written.saves:
@@ -286,98 +304,3 @@ def disk_warnings(prepared: Prepared) -> list[str]:
                 f"{option} = {folder}: {free / 1e9:.3g} GB are free and about {needed[option] / 1e9:.3g} GB are needed"
             )
     return warnings
-
-
-def plan_json(prepared: Prepared) -> dict[str, Any]:
-    """The plan for machines. Sizes are [width, height] in pixels; `crop_top_left` is in the resized image."""
-    config, plan, written = prepared.config, prepared.plan, outputs(prepared)
-    return {
-        "command": config.command,
-        "model": config.model.pretrained_model_name_or_path,
-        "seed": prepared.progress.seed,
-        "start_step": prepared.progress.step,
-        "datasets": [_dataset_json(prepared, number) for number in range(len(plan.indexes))],
-        **validation_json(prepared),
-        "samples_per_epoch": plan.samples_per_epoch,
-        "batches_per_epoch": plan.batches_per_epoch,
-        "updates_per_epoch": plan.updates_per_epoch,
-        "filled_in_first_epoch": plan.filled,
-        "carried_after_first_epoch": plan.carried,
-        "epochs_vary": plan.varies,
-        "total_updates": plan.total_steps,
-        "epochs": plan.epochs,
-        "warmup_updates": plan.warmup_steps,
-        "learning_rates": plan.rates,
-        "checkpoints": [
-            {
-                "path": str(save.path), "update": save.update, "bytes": save.bytes,
-                "state": None if save.state is None else str(save.state),
-                "average": None if save.average is None else str(save.average),
-            }
-            for save in written.saves
-        ],
-        "samples": {"after_updates": list(written.previews), "pictures": written.pictures},
-        "disk_bytes": written.disk_bytes,
-        "cache_bytes": written.cache_bytes,
-        "warnings": [*plan_warnings(prepared), *disk_warnings(prepared)],
-    }  # fmt: skip
-
-
-def _options(settings: DatasetConfig | SubsetConfig, without: Sequence[str]) -> dict[str, Any]:
-    values = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in without}
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _dataset_json(prepared: Prepared, number: int) -> dict[str, Any]:
-    index = prepared.plan.indexes[number]
-    batches = prepared.updates.order.batches_by_bucket(number, 0).tolist()
-    loss, counts = crop_loss(index), _samples_by_bucket(index)
-    images = np.bincount(index.bucket_of, minlength=len(index.buckets)).tolist()
-    return {
-        **_options(index.dataset, ("subsets", "warnings")),
-        "subsets": [_options(subset, ()) for subset in index.dataset.subsets],
-        "num_train_images": index.num_train_images,
-        "num_reg_images": index.num_reg_images,
-        "images": [_image_json(prepared, index, row) for row in range(len(index))],
-        "buckets": [
-            {
-                "resolution": list(bucket), "images": images[place], "samples": _whole(counts[place]),
-                "batches": batches[place], "crop_loss": round(loss[place], 6),
-            }
-            for place, bucket in enumerate(index.buckets)
-        ],
-    }  # fmt: skip
-
-
-def _whole(value: float) -> int | float:
-    return int(value) if value == int(value) else value
-
-
-def _image_json(prepared: Prepared, index: ImageIndex, row: int) -> dict[str, Any]:
-    """One image, as its first sample of the first epoch shows it."""
-    seed, plan = prepared.progress.seed, prepared.plan
-    record = index.record(row)
-    view = sample_view(record, seed, 0, 0)
-    variants = prepared.updates.settings.caption_variants
-    repeats = float(index.repeats[row])
-    return {
-        "path": str(record.path),
-        "size": list(record.size),
-        "bucket": list(record.bucket),
-        "resized": list(view.resized),
-        "crop_top_left": [view.crop[1], view.crop[0]],
-        "flipped": view.flip,
-        "repeats": _whole(repeats),
-        "is_reg": record.is_reg,
-        "weight": record.weight,
-        "subset": int(index.subset_of[row]),
-        "captions": [sample_caption(record, seed, 0, 0, 0, plan.total_steps, variants)],
-    }

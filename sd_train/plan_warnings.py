@@ -29,14 +29,14 @@ def plan_warnings(prepared: Prepared) -> list[str]:
     subsets = [subset for dataset in plan.datasets for subset in dataset.subsets]
     given = {name for name, origin in config.origins.items() if origin != "default"}
     kept = any(subset.is_reg for subset in subsets) or config.training.prior_preservation is not None
-    if "prior_loss_weight" in given and not kept:
+    if config.training.prior_loss_weight != 1 and not kept:
         warnings.append("--prior_loss_weight has no effect: no subset has is_reg = true")
     if config.ema.sample_ema and config.ema.use_ema and not prepared.prompts:
         warnings.append("--sample_ema has no effect: no sample pictures are made")
     if config.dataset.masked_loss and not any(subset.masked for subset in subsets):
         warnings.append("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask")
     warnings += _idle_in_data(prepared)
-    warnings += word_warnings(config, plan.indexes, prepared.prompts)
+    warnings += word_warnings(config, plan.indexes, prepared.prompts, plan.total_steps)
     warnings += validation_warnings(prepared)
     for name in ("save_every_n_steps", "sample_every_n_steps"):
         every = getattr(config.saving if name.startswith("save") else config.sampling, name)

@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from sd_train.config.options import RunConfig
+from sd_train.data.captions import caption_variants
 from sd_train.data.index import ImageIndex
 from sd_train.data.settings import SubsetConfig
 from sd_train.data.subset import first_names
-from sd_train.data.words import object_sentences, style_sentences, word_pattern
+from sd_train.data.words import Words, object_sentences, style_sentences
 from sd_train.errors import ConfigError, DataError, ModelError, Problem
 from sd_train.families.block_states import state_blocks
 from sd_train.families.embeddings import read_embedding
 from sd_train.families.parts import ModelKind
-from sd_train.families.tokenizer import load_clip_tokenizer
+from sd_train.families.text import CHUNK, ChunkTokenizer
+from sd_train.families.tokenizer import clip_vocabulary, load_clip_tokenizer
 from sd_train.prompts import Prompt
 
 _SHOWN = 6
 """Names of images that a message is given; it shows fewer."""
+_OF_CAPTIONS = (
+    "caption_prefix", "caption_suffix", "caption_separator", "enable_wildcard", "shuffle_caption", "keep_tokens",
+    "keep_tokens_separator", "secondary_separator", "token_warmup_step",
+)  # fmt: skip
+"""Keys of a subset that say what becomes of its captions."""
+_TRIED = 8
+"""Versions of each caption that are drawn to see whether they keep the word."""
 
 
 def templates_of(config: RunConfig) -> tuple[str, ...]:
@@ -39,8 +48,9 @@ def check_word(config: RunConfig) -> None:
     if chosen.token_string is None:
         return
     problems = []
-    if len(_tokens(chosen.token_string)) == 1:
-        rule = "is one token of CLIP's vocabulary, and every caption with it would have another meaning"
+    # Words that are in it only as the end of one, such as sks, other programs take for new ones.
+    if chosen.token_string.lower() in clip_vocabulary().ids:
+        rule = "stands in CLIP's vocabulary, where sd-scripts and diffusers refuse it"
         way_out = f"choose a word that it does not know, such as {chosen.token_string}-1"
         problems.append(str(Problem("--token_string", repr(chosen.token_string), rule, way_out)))
     if chosen.init_word is not None and not _tokens(chosen.init_word):
@@ -92,12 +102,12 @@ def check_captions_hold_word(config: RunConfig, indexes: Sequence[ImageIndex]) -
     word = config.embedding.token_string
     if word is None:
         return
-    pattern, problems = word_pattern([word]), []
+    words, problems = Words({word: ()}), []
     for index, number, subset in _learned(indexes):
-        if subset.templates or pattern.search(_around(subset)):
+        if subset.templates or words.used(f"{subset.caption_prefix or ''} {subset.caption_suffix or ''}"):
             continue
         rows = (index.subset_of == number).nonzero()[0].tolist()
-        lacking = [row for row in rows if not all(map(pattern.search, _lines(index.captions[row], subset)))]
+        lacking = [row for row in rows if not all(map(words.used, _lines(index.captions[row], subset)))]
         if lacking:
             names = first_names([index.keys[row] for row in lacking[:_SHOWN]], count=len(lacking))
             lack = f"{len(lacking)} of {len(rows)} captions lack the word {word!r}"
@@ -119,59 +129,85 @@ def _learned(indexes: Sequence[ImageIndex]) -> Iterable[tuple[ImageIndex, int, S
                 yield index, number, subset
 
 
-def _around(subset: SubsetConfig) -> str:
-    """What stands before and behind every caption of `subset`."""
-    return f"{subset.caption_prefix or ''} {subset.caption_suffix or ''}"
-
-
 def _lines(caption: str, subset: SubsetConfig) -> list[str]:
     lines = caption.split("\n")
     return lines if subset.enable_wildcard else lines[:1]
 
 
-def word_warnings(config: RunConfig, indexes: Sequence[ImageIndex], prompts: Sequence[Prompt]) -> list[str]:
-    """What is allowed and probably not meant."""
+def word_warnings(
+    config: RunConfig, indexes: Sequence[ImageIndex], prompts: Sequence[Prompt], updates: int
+) -> list[str]:
+    """What is allowed and probably not meant, in a training of so many `updates`."""
     chosen, word = config.embedding, config.embedding.token_string
     if word is None:
         return []
     warnings = []
+    if len(_tokens(word)) == 1:
+        warnings.append(f"--token_string = {word!r}: CLIP knows this word; texts lose what it means there")
     if chosen.init_word is not None and chosen.weights is None:
         found, wanted = len(_tokens(chosen.init_word)), chosen.num_vectors_per_token
         if found != wanted:
             rest = "they take turns" if found < wanted else f"only the first {wanted} of them start one"
             rule = f"is {found} token{'s' * (found > 1)}, and --num_vectors_per_token is {wanted}: {rest}"
             warnings.append(f"--init_word = {chosen.init_word!r}: {rule}")
+    tokenizer = ChunkTokenizer(load_clip_tokenizer(), Words({word: range(chosen.num_vectors_per_token)}))
     for index, number, subset in _learned(indexes):
-        if not subset.templates:
-            warnings += _lost_at_times(word, index, number)
+        idle = [name for name in _OF_CAPTIONS if getattr(subset, name) != getattr(SubsetConfig, name)]
+        if subset.templates and idle:
+            have = "have" if len(idle) > 1 else "has"
+            warnings.append(f"{subset.origin}: {', '.join(idle)} {have} no effect: sentences take the captions' place")
+        warnings += _lost_at_times(config, tokenizer, index, number, updates)
     if any(subset.is_reg for index in indexes for subset in index.dataset.subsets):
         warnings.append("regularisation images teach nothing here: a new word has no part in their captions")
-    pattern = word_pattern([word])
-    if prompts and not any(pattern.search(prompt.text) or pattern.search(prompt.negative) for prompt in prompts):
+    words = tokenizer.words
+    if prompts and not any(words.used(prompt.text) or words.used(prompt.negative) for prompt in prompts):
         warnings.append(f"--sample_prompts: none of the prompts holds the word {word!r}: the pictures will not change")
     return warnings
 
 
-def _lost_at_times(word: str, index: ImageIndex, number: int) -> list[str]:
-    """Options that leave the word out of some samples of subset `number`."""
-    subset, pattern = index.dataset.subsets[number], word_pattern([word])
-    if subset.token_warmup_step > 0 and not (subset.keep_tokens or subset.keep_tokens_separator):
-        return [
-            f"{subset.origin}: token_warmup_step leaves tags out at first, the word {word!r} among them where it is "
-            "not in front; put it there and write keep_tokens = 1"
-        ]
-    if subset.enable_wildcard and not pattern.search(_without_choices(_around(subset))):
-        rows = (index.subset_of == number).nonzero()[0].tolist()
-        texts = [_without_choices(text) for row in rows for text in _lines(index.captions[row], subset)]
-        if not all(map(pattern.search, texts)):
-            return [
-                f"{subset.origin}: enable_wildcard leaves the word {word!r} out at times, where it is one of the "
-                "choices in braces; write it outside of them"
-            ]
-    return []
+def _lost_at_times(
+    config: RunConfig, tokenizer: ChunkTokenizer, index: ImageIndex, number: int, updates: int
+) -> list[str]:
+    """Options that leave the word, or some of its vectors, out of samples of subset `number`."""
+    subset, word = index.dataset.subsets[number], config.embedding.token_string
+    rows = (index.subset_of == number).nonzero()[0].tolist()
+    left_out, cut_off = [], []
+    # The sentences are the same for all images.
+    for row in rows[:1] if subset.templates else rows:
+        texts = caption_variants(index.record(row), config.training.seed or 0, _TRIED, updates)
+        if not all(map(tokenizer.words.used, texts)):
+            left_out.append(index.keys[row])
+        elif any(_cut_off(config, tokenizer, text) for text in texts):
+            cut_off.append(index.keys[row])
+    warnings = []
+    if left_out:
+        options = {
+            "token_warmup_step": subset.token_warmup_step > 0,
+            "enable_wildcard": subset.enable_wildcard,
+            "shuffle_caption": subset.shuffle_caption,
+        }
+        given = " and ".join(name for name, is_given in options.items() if is_given) or "the separators"
+        warnings.append(
+            f"{subset.origin}: {given} may leave the word {word!r} out of {len(left_out)} of {len(rows)} captions: "
+            f"{first_names(left_out)}; put it in front, outside of braces, and write keep_tokens = 1"
+        )
+    if cut_off:
+        where = "sentences" if subset.templates else f"{len(cut_off)} of {len(rows)} captions"
+        names = "" if subset.templates else f": {first_names(cut_off)}"
+        limit = config.model.max_token_length or CHUNK
+        longer = f", give --max_token_length {limit + CHUNK}" if limit < 3 * CHUNK else ""
+        warnings.append(
+            f"{subset.origin}: {where} are longer than {limit} tokens, and what is cut off has vectors of the word "
+            f"{word!r}{names}; put it in front{longer}, or give it fewer vectors"
+        )
+    return warnings
 
 
-def _without_choices(text: str) -> str:
-    """`text` less what stands in braces."""
-    parts = text.replace("{{", "").replace("}}", "").split("{")
-    return parts[0] + " ".join(part.partition("}")[2] for part in parts[1:])
+def _cut_off(config: RunConfig, tokenizer: ChunkTokenizer, text: str) -> bool:
+    """Whether a part of the word lies behind the last token of `text` that is read."""
+    vectors, limit = config.embedding.num_vectors_per_token, config.model.max_token_length or CHUNK
+    # A byte is a token at most.
+    if len(text.encode()) + vectors * len(tokenizer.words.used(text)) <= limit:
+        return False
+    ids = tokenizer([text], limit // CHUNK, config.model.weighted_captions).ids
+    return int((ids >= tokenizer.first_new).sum()) < vectors

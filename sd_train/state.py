@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from sd_train.errors import ConfigError, DataError, ModelError
-from sd_train.files import put_tensors, sha256, write_folder
+from sd_train.families.sources import DictSource
+from sd_train.families.streaming import put_safetensors
+from sd_train.files import sha256, write_folder
 from sd_train.names import FileNames
 from sd_train.optim.ema import Ema
 from sd_train.optim.values import decode, encode, moved
@@ -55,7 +57,7 @@ class ResumedFrom:
 
 
 def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors and JSON, by parameter name instead of number."""
+    """The optimizer's state as tensors, the live ones, and JSON, by parameter name instead of number."""
     names = [name for group in parts.groups for name in group.params]
     saved = parts.optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -127,10 +129,12 @@ def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
     extras = {name: read() for name, (read, _) in parts.extras.items()}
 
     def fill(folder: Path) -> None:
-        put_tensors(folder / "trainable.safetensors", parts.trainable.tensors())
-        put_tensors(folder / "optimizer.safetensors", tensors)
+        tables = {"trainable": parts.trainable.tensors(), "optimizer": tensors}
         if parts.ema is not None:
-            put_tensors(folder / "ema.safetensors", parts.ema.tensors)
+            tables["ema"] = parts.ema.tensors
+        for name, table in tables.items():
+            # Tensor by tensor: beside a whole model there may be no room for its state twice.
+            put_safetensors(folder / f"{name}.safetensors", DictSource(table))
         texts = {
             "optimizer.json": json.dumps(plain),
             "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),

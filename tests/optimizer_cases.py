@@ -22,6 +22,8 @@ import transformers.optimization
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 
+from sd_train.families.sources import DictSource
+from sd_train.families.streaming import put_safetensors
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.state import StateParts, load_optimizer_state, optimizer_state
 from sd_train.trainables.base import ParamGroup
@@ -137,7 +139,7 @@ def save(problem: Problem, folder: Path) -> None:
     tensors, plain = optimizer_state(problem.parts)
     folder.mkdir()
     save_file(problem.weights(), folder / "weights.safetensors")
-    save_file(tensors, folder / "optimizer.safetensors")
+    put_safetensors(folder / "optimizer.safetensors", DictSource(tensors), {})
     (folder / "optimizer.json").write_text(json.dumps({"plain": plain, "steps": problem.steps}))
 
 

@@ -48,6 +48,23 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 # Files
 
 
+def test_other_forms_of_the_same_name_are_an_earlier_runs(tmp_path: Path) -> None:
+    names = FileNames(tmp_path, "cat")
+    for file in ("cat.ckpt", "cat-ema.pt", "cat-step00000010.safetensors", "cat.txt", "dog.ckpt"):
+        (tmp_path / file).write_bytes(b"")
+    for folder in ("cat", "cat-000001", "cat-000002"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "cat" / "model_index.json").write_text("{}")
+    (tmp_path / "cat-000001" / "photo.jpg").write_bytes(b"")
+    kept = ["cat-000001", "cat-000002", "cat.txt", "dog.ckpt"]
+    left = ["cat", "cat-ema.pt", "cat-step00000010.safetensors", "cat.ckpt"]
+    assert [path.name for path in names.existing()] == left
+    assert [path.name for path in names.replaced()] == ["cat-step00000010.safetensors"]
+    assert [path.name for path in FileNames(tmp_path, "cat", "").foreign()] == ["cat-000001"]
+    names.remove_existing()
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), ValueError("broken"), KeyboardInterrupt()])
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_failing_writer_leaves_what_was_there(error: BaseException, exists: bool, tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from sd_train.build import _for_optimizer
 from sd_train.data.captions import caption_variants, needs_variants, sample_caption
 from sd_train.data.record import ImageRecord
 from sd_train.data.settings import SubsetConfig
-from sd_train.data.words import object_sentences, style_sentences
+from sd_train.data.words import Words, object_sentences, style_sentences
 from sd_train.demo.tiny_model import TinyKind
 from sd_train.families.block_states import state_blocks
 from sd_train.families.embeddings import Embedding, install_embeddings, read_embedding, read_embeddings
 from sd_train.families.latent import LatentDiffusion
 from sd_train.families.published import published_config
-from sd_train.families.text import TextOptions
+from sd_train.families.text import ChunkTokenizer, TextOptions
+from sd_train.families.tokenizer import load_clip_tokenizer
 from sd_train.optim.optimizers import OPTIMIZERS, make_optimizer
 from sd_train.trainables.base import ParamGroup
 from sd_train.trainables.embedding import EmbeddingSettings, TextualInversion
@@ -71,6 +72,29 @@ def test_words_are_found_before_weights_and_counted() -> None:
     assert tokenizer.chunks_for([" cat (new)" * 26], 3) == 2
     # The characters that stand for words inside are never taken from a text.
     assert tokenizer(["a \U000f0000b"], 1).ids.equal(tokenizer(["a b"], 1).ids)
+
+
+@pytest.mark.parametrize(
+    ("word", "found", "not_found"),
+    [
+        ("<cat-toy>", ["a (<CAT-toy>:1.2)"], ["cat-toy", "<cat-toy>s"]),
+        ("my_tok", ["my_tok's"], ["my_tok_2", "my tok"]),
+        # One letter or a letter and its accent: macOS names folders so.
+        ("na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve", ["a nai\N{COMBINING DIAERESIS}ve cat", "NAÏVE"], ["naive"]),
+        ("nai\N{COMBINING DIAERESIS}ve", ["a na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve cat"], ["naive"]),
+        # Chinese and Japanese have no blanks.
+        ("小黄", ["一张小黄的照片", "小黄"], ["小 黄", "大黄"]),
+        ("shs", ["一张shs的照片"], ["shs1", "ashs", "shsé"]),
+    ],
+)
+def test_where_a_word_ends(word: str, found: list[str], not_found: list[str]) -> None:
+    known = Words({word: [0]})
+    tokenizer = ChunkTokenizer(load_clip_tokenizer(), known)
+    for text in found:
+        assert known.used(text) == [word], text
+        assert tokenizer.first_new in tokenizer([text], 1).ids, text
+    for text in not_found:
+        assert known.used(text) == [], text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -193,6 +217,34 @@ def test_a_word_for_all_blocks_beside_an_extended_one(tmp_path: Path) -> None:
     assert torch.equal(rows[:, 3:].flatten(0, 1), files[1].vectors[""])
     with torch.no_grad():
         assert family.encode_texts(["wide and plain"])["states"].shape == (1, 16 * 77, 64)
+
+
+def test_texts_that_come_to_the_same_are_read_once() -> None:
+    family = fresh_tiny("sdxl")
+    family.configure(TextOptions(max_token_length=150))
+    rows = taught(family, extended=True).groups()
+    texts = ["a photo of mytok", "a mat", "a photo of mytok", "mytok" + ", mat" * 60]
+    sizes: list[int] = []
+    network: Any = family.text_encoders["text_encoder"].network
+    network.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    together = family.encode_texts(texts)
+    # Two texts with the word, whatever the block a mat, the end of the long text, and empty second chunks.
+    assert sizes == [2 * 11 + 3]
+    weight = torch.linspace(-1, 1, together["states"].numel()).view_as(together["states"])
+    ((together["states"] * weight).sum() + together["pooled"].square().sum()).backward()
+    parameters = [parameter for group in rows for parameter in group.params.values()]
+    found = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    for place, text in enumerate(texts):
+        alone = family.encode_texts([text])
+        for name, each in alone.items():
+            assert float((each[0] - together[name][place]).detach().abs().max()) < 1e-5
+        ((alone["states"][0] * weight[place]).sum() + alone["pooled"].square().sum()).backward()
+    for parameter, gradient in zip(parameters, found, strict=True):
+        assert parameter.grad is not None
+        assert gradient is not None
+        assert float((parameter.grad - gradient).abs().max()) < 1e-4 * float(gradient.abs().max())
 
 
 def test_where_vectors_start() -> None:

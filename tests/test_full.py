@@ -20,7 +20,7 @@ from sd_train.families.build import published_parameters
 from sd_train.families.keys import unet_blocks, unet_modules, unet_shape_of
 from sd_train.families.latent import LatentDiffusion
 from sd_train.families.parts import ModelParts, ModelRequest, read_model
-from sd_train.families.published import published_config
+from sd_train.families.published import FamilyName, published_config
 from sd_train.families.sizes import model_sizes
 from sd_train.families.sources import DictSource, Part, read_all
 from sd_train.families.text import TextOptions
@@ -246,3 +246,34 @@ def test_sizes_are_those_of_the_saved_file(tmp_path: Path) -> None:
         assert learned == sum(tensor.numel() for tensor in full.tensors().values())
         # The header, and a constant of the text encoder.
         assert 0 < path.stat().st_size - size < 200_000
+
+
+def published_parts(file: str, family: FamilyName) -> ModelParts:
+    """A published model's networks in half precision: the names and shapes of its file, without numbers."""
+    table = golden(f"checkpoint_keys_{file}.json.gz")
+    parts = {}
+    for role in ("unet", "vae", "text_encoder"):
+        tensors = {
+            name: torch.empty(table["keys"][key], dtype=torch.float16, device="meta")
+            for key, name in table[role].items()
+        }
+        parts[role] = Part(published_config(role, family), DictSource(tensors))
+    return replace(tiny_parts("sd1"), family=family, parts=parts)
+
+
+def test_sizes_of_published_models() -> None:
+    small, large = published_parts("sd15", "sd1"), published_parts("sdxl_base", "sdxl")
+    unet, text, vae = 859_520_964, 123_060_480, 83_653_863
+    assert model_sizes(small, ("unet", "text_encoder"), None) == (unet + text, 4 * (unet + text) + 2 * vae)
+    assert model_sizes(small, ("unet",), None) == (unet, 4 * unet + 2 * (text + vae))
+    assert model_sizes(small, ("unet",), 2) == (unet, 2 * (unet + text + vae))
+    unet = 2_567_463_684
+    assert model_sizes(large, ("unet",), None) == (unet, 4 * unet + 2 * (text + vae))
+    # Blocks that stay are neither counted nor written in float32; all of them are the whole.
+    blocks = [
+        model_sizes(large, ("unet",), None, [float(place == block) for place in range(23)]) for block in range(23)
+    ]
+    assert sum(learned for learned, _ in blocks) == unet
+    assert all(size == 2 * (unet + text + vae) + 2 * learned for learned, size in blocks)
+    # The last one is a norm's 320 channels and a convolution of 3x3 to 4.
+    assert blocks[22][0] == 2 * 320 + 4 * 320 * 9 + 4

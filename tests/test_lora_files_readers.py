@@ -14,6 +14,7 @@ from sd_train.demo.tiny_model import TinyKind
 from sd_train.families.saving import original_tensors
 from sd_train.families.sources import DictSource, Part
 from sd_train.lora_files.adapter import DOWN, UP, Adapter
+from sd_train.lora_files.checking import check
 from sd_train.lora_files.merging import MergedSource, Weighted, merge_into
 from sd_train.lora_files.names import Place
 from sd_train.lora_files.readers import READERS, TABLE, render_table
@@ -124,6 +125,7 @@ def test_diffusers_needs_one_alpha_in_kohyas_files(pipelines: dict[str, Any], tm
     path = tmp_path / "lora.safetensors"
     write_lora(path, kohya_tensors(adapters, "sd1"), {}, torch.float32, overwrite=False)
     assert_same(ours(path, "sd1"), adapters)
+    assert not check(open_lora(path, "sd1")).readers["diffusers"].reads
     # Should this fail one day, diffusers has learned it, and with_one_alpha can go.
     with pytest.raises(AssertionError):
         assert_same(in_diffusers(pipelines["sd1"], path), adapters)
@@ -248,8 +250,13 @@ REFUSED = {
     "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"),
     "LoKr": ("lokr_w1", "lokr_w2", "alpha"),
     "full difference": ("diff",),
-    "(IA)^3": ("weight", "on_input"),
+    "(IA)^3 of linear layers (preset=ia3)": ("weight", "on_input"),
+    "(IA)^3 of convolutions' outputs": ("weight", "on_input"),
     "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"),
+    "diag-OFT": ("oft_blocks", "alpha"),
+    "diag-OFT with rescaled": ("oft_blocks", "rescale", "alpha"),
+    "BOFT": ("oft_blocks", "alpha"),
+    "diag-OFT, BOFT with constraint": ("oft_blocks", "alpha"),
     "OFT (sd-scripts)": ("oft_blocks", "alpha"),
     "LoCon with lora_mid (Tucker)": (UP, "lora_mid.weight", DOWN, "alpha"),
 }
@@ -258,9 +265,12 @@ REFUSED = {
 @pytest.mark.parametrize("row", REFUSED)
 def test_what_diffusers_refuses_it_refuses(row: str, pipelines: dict[str, Any], tmp_path: Path) -> None:
     prefix = "oft" if row.startswith("OFT") else "lora"
+    sizes = {"BOFT": {"oft_blocks": [2, 1, 4, 4]}, "diag-OFT": {"oft_blocks": [1, 4, 4]}}.get(row, {})
     key = f"{prefix}_unet_down_blocks_0_resnets_0_conv1"
     ends = [] if row != "LoCon with lora_mid (Tucker)" else [1, 1]
-    tensors = {f"{key}.{name}": torch.ones([] if name == "alpha" else [4, 4, *ends]) for name in REFUSED[row]}
+    tensors = {
+        f"{key}.{name}": torch.ones([] if name == "alpha" else sizes.get(name, [4, 4, *ends])) for name in REFUSED[row]
+    }
     path = save(tmp_path / "lora.safetensors", tensors)
     assert not TABLE[row]["diffusers"].reads
     assert open_lora(path).places() == [Place("unet", "down_blocks.0.resnets.0.conv1")]
@@ -275,7 +285,7 @@ def test_diffusers_drops_doras_magnitudes(pipelines: dict[str, Any], tmp_path: P
         f"{name.removesuffix('.alpha')}.dora_scale": torch.ones(3, 1) for name in tensors if name.endswith(".alpha")
     }
     path = save(tmp_path / "lora.safetensors", tensors | magnitudes)
-    assert not TABLE["DoRA (kohya keys)"]["diffusers"].reads
+    assert not any(TABLE[row]["diffusers"].reads for row in TABLE if row.startswith("DoRA"))
     assert_same(in_diffusers(pipelines["sd1"], path), adapters)
 
 
@@ -287,9 +297,9 @@ def test_the_table_is_rendered() -> None:
     assert "yes (keys)" in lines[2]
     assert "one alpha" in lines[2]
     assert {row for row, cells in TABLE.items() if cells["diffusers"].proof == "run"} == {
-        "LoRA, LoCon (kohya keys)",
+        "LoRA, LoCon, DyLoRA (kohya keys)",
         "LoRA, LoCon (diffusers keys)",
-        "DoRA (kohya keys)",
+        *(row for row in TABLE if row.startswith("DoRA")),
         *REFUSED,
     }
 

@@ -39,6 +39,14 @@ def checked(words: str, **more: Any) -> tuple[list[str], list[str]]:
     return [str(problem) for problem in problems.found], warnings
 
 
+@pytest.mark.parametrize("algorithm", ["full", "ia3", "loha"])
+def test_ranks_of_algorithms_without_one_are_told_of(algorithm: str) -> None:
+    told = [f"--{name} has no effect: algo={algorithm} has no rank" for name in ("network_dim", "network_alpha")]
+    assert [text for text in checked(f"algo={algorithm}")[1] if "no rank" in text] == (
+        [] if algorithm == "loha" else told
+    )
+
+
 def test_what_is_not_given_is_as_in_the_library() -> None:
     plain = read_lycoris(values(""))
     assert (plain.algorithm, plain.rank, plain.alpha, plain.preset) == ("lora", 8, 4.0, "full")
@@ -81,7 +89,8 @@ def test_each_algorithm_takes_its_own_arguments_alone(algorithm: str) -> None:
         value = {bool: "True", int: "4", float: "0.5"}[argument.kind]
         more = " dora_wd=True" if name == "wd_on_output" and algorithm in argument.algorithms else ""
         more += " rank_dropout=0.1" if name == "rank_dropout_scale" and algorithm in argument.algorithms else ""
-        problems, warnings = checked(f"algo={algorithm} {name}={value}{more}")
+        words = f"algo={algorithm} {name}={value}{more}"
+        problems, warnings = checked(words, network_dim=None, network_alpha=1.0)
         assert bool(problems) == (algorithm not in argument.algorithms | argument.idle), (name, problems)
         assert bool(warnings) == (algorithm in argument.idle), (name, warnings)
         for problem in problems:
@@ -111,6 +120,7 @@ def test_each_algorithm_takes_its_own_arguments_alone(algorithm: str) -> None:
         ("preset=full", {"network_module": "networks.lokr"}, "networks.lokr has no presets"),
         ("conv_dim=4", {"network_module": "networks.dylora"}, "networks.dylora has one rank, network_dim 8"),
         ("unit=3", {"network_module": "networks.dylora"}, "unit=3'?: must divide the rank"),
+        ("loraplus_lr_ratio=4", {}, "loraplus_lr_ratio=4'?: is an argument of networks.lora; lora takes"),
     ],
 )
 def test_what_cannot_be_is_refused(words: str, more: dict[str, Any], reason: str) -> None:

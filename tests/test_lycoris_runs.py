@@ -16,7 +16,7 @@ from sd_train.trainables.lycoris import Lycoris, LycorisSettings
 from sd_train.trainables.lycoris_files import from_file
 from tests.lycoris_cases import write_small
 from tests.models import all_tensors, assert_equal_tensors, load, write_file
-from tests.runs import differences, largest_difference, loss_of, metadata, train, write_dataset
+from tests.runs import differences, largest_difference, loss_of, metadata, train, words, write_dataset
 
 LYCORIS = "--network_module lycoris.kohya"
 UNET = f"{LYCORIS} --network_train_unet_only"
@@ -110,9 +110,17 @@ def test_sdxl_and_a_picture_of_it(photos: Path, tmp_path: Path) -> None:
     path = train(model, photos, tmp_path / "out", more)
     assert {name[:10] for name in load_file(path)} == {"lora_unet_", "lora_te1_t", "lora_te2_t"}
     picture = tmp_path / "pictures"
-    words = f"sample {model} --lora {path} --output_dir {picture} --prompt cat --width 64 --height 64 --steps 1"
-    assert sd_train(words.split()) == 0
+    drawing = f"sample {model} --lora {path} --output_dir {picture} --prompt cat --width 64 --height 64 --steps 1"
+    assert sd_train(drawing.split()) == 0
     assert list(picture.glob("*.png"))
+
+
+def test_a_preset_that_leaves_text_encoders_out_is_told(
+    small: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = f"{LYCORIS} --network_args algo=loha preset=unet-only --max_train_steps 1"
+    assert sd_train(["plan", "train_network", *words(small, photos, tmp_path / "out", more)]) == 0
+    assert "preset=unet-only leaves the text encoder as it is" in "".join(capsys.readouterr())
 
 
 def test_sd_scripts_dylora_is_a_plain_lora(small: Path, photos: Path, tmp_path: Path) -> None:

@@ -176,6 +176,12 @@ def test_a_files_name_and_hashes(tmp_path: Path) -> None:
         "ss_sd_model_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
         "ss_new_sd_model_hash": hashlib.sha256(content).hexdigest(),
     }
+    assert describe_base(tmp_path, path) == {
+        "ss_sd_model_name": tmp_path.name,
+        "ss_vae_name": "model.safetensors",
+        "ss_vae_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+        "ss_new_vae_hash": hashlib.sha256(content).hexdigest(),
+    }
 
 
 def test_other_settings_are_written(folder: Path) -> None:

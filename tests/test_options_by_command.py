@@ -34,6 +34,28 @@ NEEDED = {"train_textual_inversion": ["--token_string", "cup-thing", "--use_obje
 FOREIGN = sorted((command, name) for command in OWN for name, o in options().items() if not o.belongs_to(command))
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "instead"),
+    [
+        ("train_network", "--learning_rate_te 1e-4", "use text_encoder_lr"),
+        ("train_db", "--train_text_encoder", "use train_db as it is"),
+        ("train_textual_inversion", "--unet_lr 1e-4", "use learning_rate"),
+        ("train_network", "--clas_tokens cat", "did you mean class_tokens? It is a key of the dataset file"),
+    ],
+)
+def test_what_to_use_instead_is_said(command: str, flag: str, instead: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(command, [*given(command, tmp_path), *flag.split()])
+    assert instead in str(caught.value)
+
+
+def test_a_runs_own_file_warns_of_nothing(tmp_path: Path) -> None:
+    for command in OWN:
+        written = tmp_path / f"{command}.toml"
+        written.write_text(dump_toml(load_run_config(command, given(command, tmp_path)).config))
+        assert load_run_config(command, ["--config_file", str(written)]).warnings == ()
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """A tiny model's file, of SDXL or not."""

@@ -58,7 +58,25 @@ def test_captions_without_the_word(tiny_model: Path, captioned: Path, tmp_path: 
     (captioned / "1.txt").write_text("mytok\na {mytok|mat}")
     more = arguments(tiny_model, wild, tmp_path / "out", "--max_train_steps 2")
     assert main(["plan", "train_textual_inversion", *more]) == 0
-    assert "enable_wildcard leaves the word 'mytok' out at times" in capsys.readouterr().err
+    assert "enable_wildcard may leave the word 'mytok' out of 1 of 3 captions: 1.jpg;" in capsys.readouterr().err
+    (captioned / "1.txt").write_text("mytok\na {mytok|new mytok}")
+    assert main(["plan", "train_textual_inversion", *more]) == 0
+    assert "may leave the word" not in capsys.readouterr().err
+
+
+def test_a_word_that_is_cut_off_is_told(tiny_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
+    (captioned / "1.txt").write_text("mat, " * 36 + "mytok")
+    dataset = dataset_of(captioned, tmp_path / "d.toml")
+    for more, lost in (
+        ("", False),
+        ("--num_vectors_per_token 4", "1 of 3 captions are longer than 75 tokens"),
+        ("--num_vectors_per_token 4 --max_token_length 150", False),
+        ("--num_vectors_per_token 72 --use_object_template", "sentences are longer than 75 tokens"),
+    ):
+        line = arguments(tiny_model, dataset, tmp_path / "out", f"--max_train_steps 1 {more}")
+        assert main(["plan", "train_textual_inversion", *line]) == 0
+        told = capsys.readouterr().err
+        assert (lost in told) if lost else ("are longer than" not in told)
 
 
 def test_what_is_doubtful_is_told(tiny_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
@@ -74,7 +92,7 @@ def test_what_is_doubtful_is_told(tiny_model: Path, captioned: Path, tmp_path: P
     for part in (
         "--init_word = 'cat mat': is 2 tokens, and --num_vectors_per_token is 1: only the first 1 of them start one",
         "regularisation images teach nothing here",
-        "token_warmup_step leaves tags out at first, the word 'mytok' among them",
+        "token_warmup_step may leave the word 'mytok' out of 2 of 3 captions: 1.jpg, 2.jpg; put it in front",
         "none of the prompts holds the word 'mytok'",
     ):
         assert part in told, part
@@ -94,12 +112,17 @@ def test_sentences_need_no_captions(tiny_model: Path, captioned: Path, tmp_path:
     assert set(captions) <= set(object_sentences("mytok"))
     assert len(set(captions)) > 5
     assert captions[0] == images[0]["captions"][0]
+    dataset_of(captioned, dataset, "shuffle_caption = true\nkeep_tokens = 1")
+    assert main(["plan", "train_textual_inversion", *more]) == 0
+    assert "shuffle_caption, keep_tokens have no effect: sentences take the captions' place" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        ("--token_string cat", "--token_string = 'cat': is one token of CLIP's vocabulary"),
+        ("--token_string cat", "--token_string = 'cat': stands in CLIP's vocabulary"),
+        ("--token_string *", "--token_string = '*': stands in CLIP's vocabulary"),
+        ("--use_object_template --token_string sks", None),
         ("--token_string <cat-toy>/x", "--output_name"),
         ("--init_word ,", None),
         ("--learning_rate 0", "nothing would be trained"),
@@ -116,7 +139,7 @@ def test_options_that_do_not_fit(more: str, part: str | None, tiny_model: Path, 
     save_file({"a": torch.zeros(1, 64), "b": torch.zeros(1, 64)}, tmp_path / "wrong.safetensors")
     dataset = write_dataset(tmp_path / "d.toml", subset='caption_prefix = "mytok"')
     line = arguments(tiny_model, dataset, tmp_path / "out", f"--max_train_steps 2 {more.format(tmp_path)}")
-    if more.startswith("--token_string"):
+    if "--token_string" in more:
         # The later one counts; without another name the file is called by the word.
         place = line.index("--output_name")
         line = [*line[:place], *line[place + 2 : -2]]
@@ -124,6 +147,7 @@ def test_options_that_do_not_fit(more: str, part: str | None, tiny_model: Path, 
     told = capsys.readouterr().err
     if part is None:
         assert code == 0
+        assert ("'sks': CLIP knows this word" in told) == ("sks" in more)
     else:
         assert code in (2, 3)
         assert part in told or (part == "--output_name" and "give them another name as output_name" in told)

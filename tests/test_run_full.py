@@ -170,7 +170,10 @@ def test_the_form_is_the_sources_and_the_file_tells_of_the_training(trained: Tra
     assert told["modelspec.prediction_type"] == ("v" if case.kind == "sd2-v" else "epsilon")
     assert told["ss_train_text_encoder"] == str(any(role != "unet" for role in case.roles))
     assert (told["ss_steps"], told["ss_output_name"]) == ("4", "m")
-    assert not [key for key in told if key.startswith("ss_network")]
+    of_networks = ("ss_network", "ss_unet_lr", "ss_text_encoder_lr", "ss_lowram", "ss_fp8", "ss_scale_weight_norms")
+    assert not [key for key in told if key.startswith(of_networks)]
+    names_of = "diffusers" if case.form == "folder" else "https://github.com/Stability-AI/generative-models"
+    assert told["modelspec.implementation"] == names_of
 
 
 def test_diffusers_reads_it_and_predicts_the_same(trained: Trained, folder: Path) -> None:

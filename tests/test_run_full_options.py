@@ -106,23 +106,23 @@ def test_dreambooth_is_the_weighted_loss_of_a_loop_by_hand(folder: Path, tmp_pat
 
 def test_a_part_and_the_rest_are_the_whole_across_the_text_encoders_end(folder: Path, tmp_path: Path) -> None:
     source, dataset, logs = folder / "tiny_sd1.safetensors", folder / "db.toml", tmp_path / "logs"
-    more = "--stop_text_encoder_training 4 --lr_scheduler cosine --use_ema --ema_decay 0.9 --max_train_steps 6"
-    saves = f"--save_every_n_steps 2 --save_state --logging_dir {logs}"
+    more = "--stop_text_encoder_training 2 --lr_scheduler cosine --use_ema --ema_decay 0.9 --max_train_steps 4"
+    saves = f"--save_every_n_steps 1 --save_state --logging_dir {logs}"
     whole = train("train_db", source, dataset, tmp_path / "whole", f"{more} {saves}")
     # Resumed before the text encoder has ended, and where it has.
-    for step in (2, 4):
+    for step in (1, 2):
         state = whole.with_name(f"m-step{step:08d}-state")
         rest = train("train_db", source, dataset, tmp_path / f"rest{step}", f"{more} --resume {state}")
         assert differences(whole, rest) == []
         assert metadata(whole) == metadata(rest)
         assert differences(whole.with_name("m-ema.safetensors"), rest.with_name("m-ema.safetensors")) == []
-    # The fourth update is the text encoder's last, to the bit; the U-Net goes on.
-    moved = {name.split(".")[0] for name in differences(whole.with_name("m-step00000004.safetensors"), whole)}
+    # The second update is the text encoder's last, to the bit; the U-Net goes on.
+    moved = {name.split(".")[0] for name in differences(whole.with_name("m-step00000002.safetensors"), whole)}
     assert moved == {"model"}
     averaged = {name.split(".")[0] for name in differences(whole.with_name("m-ema.safetensors"), whole)}
     assert averaged == {"model", "cond_stage_model"}
     rates = scalars(logs)
-    assert [step for step, value in rates["lr/text_encoder1"] if value > 0] == [1, 2, 3, 4]
+    assert [step for step, value in rates["lr/text_encoder1"] if value > 0] == [1, 2]
     assert min(value for _, value in rates["lr/unet"]) > 0
 
 
@@ -244,3 +244,31 @@ def test_the_source_is_never_written_over(folder: Path, tmp_path: Path, capsys: 
     inside = words("train_db", tmp_path / "m", folder / "db.toml", tmp_path / "m", "--output_name unet --overwrite")
     assert "m/unet is also what this run writes" in refused(inside, capsys)
     assert load_file(tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_nothing_of_others_is_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where models are folders, a name may be that of any folder."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m-000002").write_text("a file")
+    (tmp_path / "m" / "photo.jpg").write_bytes(b"not ours")
+    source, dataset = folder / "tiny_sd1_folder", folder / "db.toml"
+    for more in ("--overwrite", "--overwrite --resume latest"):
+        said = refused(words("train_db", source, dataset, tmp_path, f"--max_train_steps 1 {more}"), capsys)
+        assert f"--output_dir = {tmp_path}: m is neither a saved model nor a state" in said
+        assert "m-000002 is neither a saved model nor a state" in said
+    assert (tmp_path / "m" / "photo.jpg").read_bytes() == b"not ours"
+    # An empty one holds nothing; what is to come counts too.
+    (tmp_path / "prompts.txt").write_text("a cat")
+    for more, option in (
+        (f"--output_name n --logging_dir {tmp_path / 'n' / 'logs'}", "--logging_dir"),
+        (f"--output_name n --cache_dir {tmp_path / 'n-step00000002' / 'cache'}", "--cache_dir"),
+        (f"--output_name sample --sample_prompts {tmp_path / 'prompts.txt'} --sample_at_first", "--output_name"),
+    ):
+        said = refused(words("train_db", source, dataset, tmp_path, f"--max_train_steps 1 {more}"), capsys)
+        assert f"error: {option} = " in said
+    (tmp_path / "empty" / "m").mkdir(parents=True)
+    saved = train("train_db", source, dataset, tmp_path / "empty", "--max_train_steps 1 --overwrite")
+    assert (saved / "model_index.json").is_file()
+    # An own model and state are replaced.
+    again = train("train_db", source, dataset, tmp_path / "empty", "--max_train_steps 1 --overwrite --seed 4")
+    assert parts_of(again).metadata["ss_seed"] == "4"

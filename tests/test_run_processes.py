@@ -34,8 +34,11 @@ RUNS = {
     "objective": "train_network --network_dim 2 --network_alpha 2 --network_train_unet_only --save_state_on_train_end "
     "--noise_offset 0.1 --noise_offset_random_strength --multires_noise_iterations 4 --ip_noise_gamma 0.1 "
     "--timestep_sampling importance --min_snr_gamma 5 --dream_training",
+    "dropout": "train_network --network_dim 2 --network_dropout 0.1 --network_args rank_dropout=0.2 module_dropout=0.4",
+    "lycoris": "train_network --network_dim 2 --network_module lycoris.kohya --network_args algo=dylora block_size=1 "
+    "module_dropout=0.4 preset=attn-mlp",
 }
-SEED, UPDATES = 2, 3
+SEED, UPDATES = 2, 2
 SCRIPT = """
 import importlib, json, os, sys
 from torch import distributed
@@ -57,6 +60,9 @@ def arguments(name: str, model: Path, dataset: Path, output: Path, batch: int) -
     # moves a weight as far as any other.
     words += " --learning_rate 1e3 --optimizer_args eps=1e3 weight_decay=0 --max_data_loader_n_workers 0"
     paths = ("--pretrained_model_name_or_path", model, "--dataset_config", dataset, "--output_dir", output)
+    if "dropout" in RUNS[name] and batch == 4:
+        # Masks belong to a batch of two, so that here one process takes these one after the other.
+        batch, words = 2, f"{words} --gradient_accumulation_steps 2"
     return which, [*map(str, paths), *words.split(), "--train_batch_size", str(batch), *more]
 
 

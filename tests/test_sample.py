@@ -423,6 +423,27 @@ def test_a_finished_run_is_looked_at(tmp_path: Path) -> None:
     assert (other.model, other.prompts[0].text, other.sampler, other.clip_skip) == ("m", "b", "ddim", 1)
 
 
+def test_a_run_is_shown_with_what_was_merged_before_it_and_with_its_average(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"{name}.safetensors" for name in ("a", "b"))
+    for name in ("a", "b", "cat", "cat-ema"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    config = tmp_path / "cat-config.toml"
+    text = (
+        f'network_module = "networks.lora"\npretrained_model_name_or_path = "m"\n'
+        f'output_dir = {json.dumps(str(tmp_path))}\noutput_name = "cat"\n'
+        f'base_weights = {json.dumps([str(first), str(second)])}\n'
+        "base_weights_multiplier = [0.5]\nuse_ema = true\n"
+    )
+    for shown, file in (("false", "cat"), ("true", "cat-ema")):
+        config.write_text(f"{text}sample_ema = {shown}\n")
+        options = read_options(["--config_file", str(config), "--prompt", "x"])
+        own = ChosenLora(tmp_path / f"{file}.safetensors")
+        assert options.loras == (ChosenLora(first, 0.5), ChosenLora(second, 1.0), own)
+    second.unlink()
+    with pytest.raises(ConfigError, match=r"base_weights = .*b\.safetensors': there is no such file"):
+        read_options(["--config_file", str(config), "--prompt", "x"])
+
+
 def test_grids() -> None:
     white = [np.full((height, 2, 3), 255, np.uint8) for height in (2, 4, 2)]
     grid = make_grid([white[0], white[1], None, white[2]], 2)

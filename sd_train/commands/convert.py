@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     dtype = None if given.save_precision is None else getattr(torch, PRECISIONS[given.save_precision])
     print(f"read  {given.src}: {_described(parts)}")
     keep = not given.prune and not form.startswith("diffusers")
-    metadata = _metadata(parts, given.dst.stem)
+    metadata = _metadata(parts, given.dst.stem, form)
     save_model(given.dst, parts, form, dtype, metadata, leftovers=keep, option="DST")
     print(
         f"wrote {given.dst}: {form}, {_size(given.dst)}" + (f", {given.save_precision}" if given.save_precision else "")
@@ -153,7 +153,7 @@ def _described(parts: ModelParts) -> str:
     return ", ".join(kind)
 
 
-def _metadata(parts: ModelParts, title: str) -> dict[str, str]:
+def _metadata(parts: ModelParts, title: str, form: str) -> dict[str, str]:
     """The source's entries, and the least that modelspec asks for (https://github.com/Stability-AI/ModelSpec)."""
     from sd_train.families.published import PREDICTION_WORDS
 
@@ -165,11 +165,10 @@ def _metadata(parts: ModelParts, title: str) -> dict[str, str]:
     if parts.told:
         metadata["modelspec.prediction_type"] = PREDICTION_WORDS[parts.prediction]
         metadata.setdefault("modelspec.architecture", architecture)
-    defaults: Mapping[str, str] = {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": title,
-    }
+    # Whose names the tensors have.
+    stability = "https://github.com/Stability-AI/generative-models"
+    metadata["modelspec.implementation"] = "diffusers" if form.startswith("diffusers") else stability
+    defaults: Mapping[str, str] = {"modelspec.sai_model_spec": "1.0.0", "modelspec.title": title}
     return {**defaults, **metadata}
 
 

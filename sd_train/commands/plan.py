@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     command, *added = TRAINING_COMMANDS[words[0]]
     config = load_config(command, [*added, *words[1:]])
     from sd_train.plan import prepare
-    from sd_train.plan_report import describe, describe_outputs, disk_warnings, plan_json
+    from sd_train.plan_json import plan_json
+    from sd_train.plan_report import describe, describe_outputs, disk_warnings
     from sd_train.plan_warnings import plan_warnings
     from sd_train.report import say_line, warn_line
 
@@ -66,7 +67,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for warning in (*plan_warnings(prepared), *disk_warnings(prepared)):
         warn_line(warning)
-    if prepared.resume is None and not config.saving.overwrite and (left := prepared.names.existing()):
+    left = [] if prepared.resume is not None else prepared.names.existing()
+    if left and config.saving.overwrite:
+        shown = ", ".join(path.name for path in left[:8])
+        warn_line(f"--overwrite: deletes {shown}{', ...' if len(left) > 8 else ''} and earlier sample pictures")
+    elif left:
         warn_line(f"{config.saving.output_dir} holds another run's files ({left[0].name}): this run would be refused")
     say_line(f"seed: {prepared.progress.seed}")
     say_line(describe(prepared.plan, config))

@@ -121,15 +121,21 @@ def draw_missing(options: RegImageOptions) -> None:
     own = range(device.rank, options.num_images, device.world)
     there = folder.drawn()
     missing = [number for number in own if number not in there]
-    if device.is_main and (others := folder.others()):
-        logger.warning("%s also holds %d other images (%s), which a training takes for regularisation images too",
-                       options.drawn.output_dir, len(others), others[0])  # fmt: skip
+    if others := folder.others():
+        raise ConfigError(
+            f"--output_dir = {options.drawn.output_dir}: holds {len(others)} other images ({others[0]}), which a "
+            "training would take for regularisation images too; name a folder of their own"
+        )
     if there and device.is_main:
         say(f"{len(there)} pictures are there already")
     if missing:
         probe_folder(options.drawn.output_dir, "--output_dir")
-        _draw(folder, missing, device)
-    _write_captions(folder, own)
+        try:
+            _draw(folder, missing, device)
+        except KeyboardInterrupt:
+            say("stopped; the same command again draws what is missing")
+            raise
+    _write_captions(folder, sorted(there))
     if device.is_main:
         say(_how_to_use(options.drawn.output_dir, prompt.text, options.captions))
     device.close()
@@ -150,6 +156,7 @@ def _draw(folder: Folder, missing: Sequence[int], device: Device) -> None:
                 for number, picture in zip(numbers, pixels, strict=True):
                     save_picture(folder.path(number), to_picture(picture), folder.text(number))
                     print(folder.path(number), flush=True)
+                _write_captions(folder, numbers)
                 done = place * options.batch_size + len(numbers)
                 show(f"{done} of {len(missing)} drawn, the last {len(numbers)} in {time.monotonic() - began:.1f} s")
     except (torch.OutOfMemoryError, MemoryError) as problem:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar, cast
 
@@ -60,6 +60,8 @@ class SampleOptions:
     v_parameterization: bool | None
     sdxl: bool
     vae: str | None
+    words: Mapping[Path, str] = field(default_factory=dict)
+    """What prompts call an embedding beside its own names."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,32 @@ class _Run:
             return "embedding"
         return "lora" if "network_module" in self.options else "model"
 
+    def words(self, paths: Sequence[Path], problems: Problems) -> dict[Path, str]:
+        """The word that is taught, for those of `paths` that are named as what the training saves: pickles lack it."""
+        word = self.text("token_string", problems)
+        name = self.text("output_name", problems) or word
+        return {path: word for path in paths if word is not None and name is not None and path.stem.startswith(name)}
+
+    def merged(self, problems: Problems) -> tuple[ChosenLora, ...]:
+        """What the training merged into its model before it began."""
+        paths, strengths = self.items("base_weights"), self.items("base_weights_multiplier")
+        found = []
+        for number, path in enumerate(paths):
+            strength = strengths[number] if number < len(strengths) else 1.0
+            if not isinstance(path, str) or not Path(path).is_file() or not isinstance(strength, int | float):
+                problems.add(self.options["base_weights"].where("base_weights"), str(path), "there is no such file",
+                             "go into the folder that the training was started from")
+            else:
+                found.append(ChosenLora(Path(path), float(strength)))
+        return tuple(found)
+
+    def items(self, name: str) -> list[object]:
+        """The list that option `name` holds; empty if it is not there."""
+        given = self.options.get(name)
+        return list(given.value) if given is not None and isinstance(given.value, list) else []
+
     def trained(self, problems: Problems) -> Path | None:
-        """The file, or folder of a whole model, that the training saved last."""
+        """The file, or folder of a whole model, that the training saved last; its average if pictures were made so."""
         folder = self.text("output_dir", problems)
         if folder is None:
             return None
@@ -108,7 +134,9 @@ class _Run:
         # An embedding is called by its word.
         name = self.text("output_name", problems) or self.text("token_string", problems)
         every = [FileNames(Path(folder), name, extension) for extension in extensions]
-        paths = [names.model(names.last) for names in every]
+        shown = self.value("use_ema", bool, problems) and self.value("sample_ema", bool, problems)
+        paths = [names.average(names.last) for names in every] if shown else []
+        paths += [names.model(names.last) for names in every]
         if (found := next((path for path in paths if path.exists()), None)) is None:
             option = "MODEL" if self.kind == "model" else f"--{self.kind}"
             way_out = f"name one with {option}, or go into the folder that the training was started from"
@@ -162,7 +190,7 @@ def read_options(argv: Sequence[str]) -> SampleOptions:
     if trained is not None and run.kind == "embedding":
         embeddings = (trained,)
     elif trained is not None and run.kind == "lora":
-        loras = (ChosenLora(trained),)
+        loras = (*run.merged(problems), ChosenLora(trained))
     for path in given.embedding:
         if not path.is_file():
             problems.add("--embedding", str(path), "there is no such file", "check the path")
@@ -183,7 +211,7 @@ def read_options(argv: Sequence[str]) -> SampleOptions:
     if v_prediction is None:
         v_prediction = run.value("v_parameterization", bool, problems)
     flags = {name: run.value(name, bool, problems) for name in ("v2", "sdxl")}
-    vae = given.vae or run.text("vae", problems)
+    vae, words = given.vae or run.text("vae", problems), run.words(embeddings, problems)
     if problems.found or of_file or model is None:
         raise ConfigError(*dict.fromkeys([*map(str, problems.found), *of_file]))
     return SampleOptions(
@@ -201,6 +229,7 @@ def read_options(argv: Sequence[str]) -> SampleOptions:
         v_parameterization=v_prediction,
         sdxl=given.sdxl or bool(flags["sdxl"]),
         vae=vae,
+        words=words,
     )
 
 

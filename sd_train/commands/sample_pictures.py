@@ -117,7 +117,7 @@ def draw_all(options: SampleOptions) -> None:
     """
     quiet_libraries()
     device = open_device(options.mixed_precision)
-    embeddings = read_embeddings(options.embeddings)
+    embeddings = [_called(each, options.words.get(each.path)) for each in read_embeddings(options.embeddings)]
     started = time.monotonic()
     say(f"loading {options.model}")
     try:
@@ -160,6 +160,11 @@ def draw_all(options: SampleOptions) -> None:
         _save_grid(options, drawn, described.text(tasks[0]))
     if failed:
         say(f"warning: {len(failed)} of {len(tasks)} pictures could not be drawn ({failed[0]})")
+
+
+def _called(embedding: Embedding, word: str | None) -> Embedding:
+    """`embedding`, which prompts also call `word`."""
+    return embedding if word is None else replace(embedding, names=tuple(dict.fromkeys((*embedding.names, word))))
 
 
 def reason_of(problem: Exception) -> str:

@@ -19,6 +19,33 @@ SHORTHANDS: Mapping[str, tuple[str, str]] = {
 }
 """Flags that stand for a value of another option."""
 
+_TEXT_RATES = dict.fromkeys(("learning_rate_te", "learning_rate_te1", "learning_rate_te2"), "text_encoder_lr")
+SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
+    "train_network": {
+        **_TEXT_RATES,
+        "block_lr": "network_args down_lr_weight, mid_lr_weight and up_lr_weight",
+        "train_text_encoder": "network_train_unet_only to leave the text encoder out; it is trained otherwise",
+        "stop_text_encoder_training": "network_train_unet_only, or train the text encoder to the end",
+        "weights": "network_weights",
+    },
+    "fine_tune": {
+        "unet_lr": "learning_rate", "text_encoder_lr": "learning_rate_te",
+        "stop_text_encoder_training": "train_db, or leave train_text_encoder out",
+        "network_train_unet_only": "fine_tune as it is: without train_text_encoder the U-Net alone is trained",
+        "network_weights": "a whole model as pretrained_model_name_or_path (sd-train lora merge makes one)",
+    },
+    "train_db": {
+        "unet_lr": "learning_rate", "text_encoder_lr": "learning_rate_te",
+        "train_text_encoder": "train_db as it is: it trains the text encoder unless stop_text_encoder_training is -1",
+        "network_train_unet_only": "stop_text_encoder_training = -1",
+        "network_weights": "a whole model as pretrained_model_name_or_path (sd-train lora merge makes one)",
+    },
+    "train_textual_inversion": {
+        **dict.fromkeys((*_TEXT_RATES, "text_encoder_lr", "unet_lr"), "learning_rate"), "network_weights": "weights",
+    },
+}  # fmt: skip
+"""What stands for an option of other commands, by command."""
+
 SYNONYMS: Mapping[str, str] = {"caption_extention": "caption_extension"}
 """Other spellings that sd-scripts takes."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from sd_train.config.network_args import OWN_ARGUMENTS
 from sd_train.config.values import rejected
 from sd_train.errors import Problems
 
@@ -249,6 +250,9 @@ def check_lycoris(
     for name, value in given.items():
         if name not in _CHOICES:
             _check_argument(algorithm, name, value, place, problems, warnings)
+    for name, usual in (("network_dim", None), ("network_alpha", 1.0)) if algorithm in UNRANKED else ():
+        if values[name] != usual:
+            warnings.append(f"{where(name)} has no effect: algo={algorithm} has no rank")
     if len(problems.found) == before:
         _check_together(values, read_lycoris(values), where, problems, warnings)
 
@@ -258,7 +262,8 @@ def _check_argument(
 ) -> None:
     argument = ARGUMENTS.get(name)
     if argument is None:
-        problems.add(place, f"{name}={value}", "is no argument of a LyCORIS network",
+        rule = f"is an argument of {OWN_MODULE}" if name in OWN_ARGUMENTS else "is no argument of a LyCORIS network"
+        problems.add(place, f"{name}={value}", rule,
                      f"{algorithm} takes {', '.join(accepted_by(algorithm))}")  # fmt: skip
     elif _is_unset(name, value):
         return
@@ -286,6 +291,9 @@ def accepted_by(algorithm: str) -> list[str]:
     """The arguments that act on an algorithm, by name."""
     return ["algo", "preset", *(name for name, argument in ARGUMENTS.items() if algorithm in argument.algorithms)]
 
+
+UNRANKED = ("full", "ia3")
+"""Algorithms without rank and alpha."""
 
 NETWORK_OPTIONS = (
     "network_module", "network_dim", "network_alpha", "network_dropout", "network_args", "dim_from_weights",

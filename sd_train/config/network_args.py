@@ -181,6 +181,8 @@ _READERS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
 }
 """Name -> how it is read, the rule in words, an example."""
 
+OWN_ARGUMENTS = frozenset(_READERS)
+
 OF_UNET = (
     "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas",
     "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold", "loraplus_unet_lr_ratio",

@@ -14,7 +14,9 @@ class SavingOptions(Group):
     """The saved files and the state from which a run is continued."""
 
     output_dir: LaxPath = Field(description="Folder for everything that the run writes.")
-    output_name: str | None = Field(None, description="Name of the saved files without extension; not given: last.")
+    output_name: str | None = Field(
+        None, description="Name of the saved files without extension; not given: last, of an embedding its word."
+    )
     overwrite: bool = Field(False, description="Replace the files of an earlier run of the same name in output_dir.")
     save_precision: Literal["float", "fp16", "bf16"] | None = Field(
         None, description="Precision of the saved weights; not given: float, and what was not trained as it was."

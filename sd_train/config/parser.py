@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from sd_train import __version__
 from sd_train.config.catalogue import Option, is_unset, number_in, options
-from sd_train.config.compat import HANDLED_BY_PARSER, SHORTHANDS, known_options
+from sd_train.config.compat import HANDLED_BY_PARSER, SHORTHANDS, SUBSTITUTES, known_options
 from sd_train.config.dump import dump_toml, non_default_names
 from sd_train.config.group import Group
 from sd_train.config.help import help_text
@@ -107,7 +107,8 @@ def _dataset_problems(command: str, valid: Mapping[str, object]) -> tuple[str, .
     if not any(sources) or any(path is not None and not os.path.exists(str(path)) for path in sources):
         return ()
     try:
-        load_datasets(dataset_request(command, valid))
+        # Whether the model is an SDXL one is not known; where it were, fine_tune takes every style.
+        load_datasets(replace(dataset_request(command, valid), sdxl=True))
     except ConfigError as error:
         return error.problems
     return ()
@@ -182,7 +183,8 @@ def _without_foreign(
         if option is None or option.belongs_to(command):
             own[name] = entry
         elif entry.origin.startswith("--"):
-            way_out = f"it belongs to {' and '.join(option.commands)}; remove it"
+            instead = SUBSTITUTES.get(command, {}).get(name)
+            way_out = f"it belongs to {' and '.join(option.commands)}; {f'use {instead}' if instead else 'remove it'}"
             problems.add(entry.where(name), entry.value, f"{command} has no such option", way_out)
         elif entry.value and entry.value != option.default:
             warnings.append(f"{entry.where(name)} has no effect: it belongs to {' and '.join(option.commands)}")

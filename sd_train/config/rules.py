@@ -190,8 +190,13 @@ def _networks(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
 
 
 def _lycoris(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
-    if chosen.valid(*NETWORK_OPTIONS) and chosen.values["network_module"] != OWN_MODULE:
-        check_lycoris(chosen.values, chosen.where, problems, warnings)
+    if not chosen.valid(*NETWORK_OPTIONS) or chosen.values["network_module"] == OWN_MODULE:
+        return
+    check_lycoris(chosen.values, chosen.where, problems, warnings)
+    preset = str(chosen.values["network_args"].get("preset", ""))
+    if preset.startswith("unet-") and chosen.valid(*RATE_OPTIONS) and trains_text(chosen.command, chosen.values):
+        warnings.append(f"{chosen.where('network_args')}: preset={preset} leaves the text encoder as it is, whatever "
+                        "its rate; give network_train_unet_only, with which what it gives can be cached")  # fmt: skip
 
 
 def _network_args(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
@@ -303,8 +308,9 @@ def _average(chosen: Chosen, warnings: list[str]) -> None:
                 f"{chosen.where('use_ema')} has no effect: with ema_decay 0 the average is the weights themselves"
             )
         return
-    for name in ("ema_decay", "ema_device", "sample_ema"):
-        if name in chosen.given and chosen.values.get(name) is not False:
+    # A run's own configuration file holds the defaults too.
+    for name, usual in (("ema_decay", 0.9999), ("ema_device", "gpu"), ("sample_ema", False)):
+        if name in chosen.given and chosen.values.get(name) != usual:
             warnings.append(f"{chosen.where(name)} has no effect: use_ema is not given")
 
 

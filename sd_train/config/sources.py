@@ -54,8 +54,13 @@ def nearest(name: str) -> str:
     names = [*options(), *(known for known in known_options() if known not in options())]
     if len(name) > 3 and (longer := [known for known in names if known.startswith(name)]):
         return f"names are not shortened: write {' or '.join(longer[:4])}"
-    if close := difflib.get_close_matches(name.replace("-", "_"), names, n=1, cutoff=0.6):
-        return f"did you mean {close[0]}?"
+    # Only for the message: keys of dataset files are looked at where they are read.
+    from sd_train.data.keys import DatasetTable, SubsetTable
+
+    keys = {*DatasetTable.model_fields, *SubsetTable.model_fields} - set(names)
+    if close := difflib.get_close_matches(name.replace("-", "_"), [*names, *keys], n=1, cutoff=0.6):
+        place = " It is a key of the dataset file (dataset_config)." if close[0] in keys else ""
+        return f"did you mean {close[0]}?{place}"
     return "remove it, or see --help for the options"
 
 

@@ -119,7 +119,8 @@ def parse_arguments(value: object) -> dict[str, Any]:
         name, equals, text = word.partition("=")
         name = name.strip()
         if not equals or not name.isidentifier():
-            raise rejected(f"{word!r} is not name=value", "write each as weight_decay=0.01, without blanks around '='")
+            way_out = f"write each as {name or 'name'}=VALUE, without blanks around '='"
+            raise rejected(f"{word!r} is not name=value", way_out)
         if name in arguments:
             raise rejected(f"{name} is given twice", "remove one of the two")
         try:

@@ -229,7 +229,7 @@ def _decided(request: ModelRequest, parts: ModelParts) -> ModelParts:
     where = f"{request.option} = {request.source}"
     for given, flag, families in ((request.v2, "--v2", ("sd2",)), (request.sdxl, "--sdxl", ("sdxl", "sdxl_refiner"))):
         if given and parts.family not in families:
-            instead = " (sdxl_train_network gives it: use train_network)" if flag == "--sdxl" else ""
+            instead = " (sdxl_... commands give it: use the one without sdxl_)" if flag == "--sdxl" else ""
             raise ModelError(
                 f"{where}: is {TITLES[parts.family]}, and {flag} says otherwise; leave {flag} out{instead}"
             )

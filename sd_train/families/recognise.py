@@ -105,7 +105,10 @@ def _foreign(names: set[str]) -> str | None:
         if has("encoder.down.", "encoder.down_blocks."):
             return "a VAE alone; give it with --vae beside a whole model"
         if "emb_params" in names or {"clip_l", "clip_g"} <= names or "string_to_param" in names:
-            return "a textual inversion embedding, not a base model"
+            return (
+                "a textual inversion embedding, not a base model; give the model that it was made for (an embedding "
+                "goes to --weights of train_textual_inversion, or to --embedding of sample)"
+            )
         if has("model.diffusion_model.joint_blocks.", "double_blocks.", "joint_blocks."):
             return "a transformer model (SD3, Flux or the like), and only Stable Diffusion 1.x, 2.x and SDXL are known"
         return "no Stable Diffusion checkpoint: none of its names is known"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from math import prod
 
-from sd_train.families.keys import text_lora_targets, unet_lora_targets, unet_shape_of
+from sd_train.families.keys import text_lora_targets, unet_blocks, unet_lora_targets, unet_shape_of
 from sd_train.families.parts import ModelParts, Part
 
 RankOf = Callable[[str, str, bool], int]
@@ -44,18 +44,27 @@ def _numbers(role: str, part: Part, rank_of: RankOf, convolutions: bool) -> int:
     return numbers
 
 
-def model_sizes(parts: ModelParts, learning: Collection[str], number: int | None) -> tuple[int, int]:
-    """How many numbers the networks `learning` have, and how many bytes a file with the whole model.
+def model_sizes(
+    parts: ModelParts, learning: Collection[str], number: int | None, block_rates: Sequence[float] | None = None
+) -> tuple[int, int]:
+    """How many numbers learn, and how many bytes a file with the whole model has.
+
+    Layers that nothing depends on, of SDXL's first text encoder the last one, count among those that learn.
 
     Args:
         parts: the model.
         learning: networks by role.
-        number: bytes of each number in the file; None: 4 in the networks `learning`, elsewhere as stored.
+        number: bytes of each number in the file; None: 4 of those that learn, of others as stored.
+        block_rates: of the 23 blocks of SDXL's U-Net, of which those with 0 do not learn.
     """
     learned, size = 0, 0
     for role, part in parts.parts.items():
+        blocks = {} if block_rates is None or role != "unet" else unet_blocks(unet_shape_of(part.config))
         for name in part.tensors.names():
             count = prod(part.tensors.shape(name))
-            learned += count * (role in learning)
-            size += count * (number or (4 if role in learning else part.tensors.dtype(name).itemsize))
+            learns = role in learning
+            if learns and block_rates is not None and blocks:
+                learns = block_rates[blocks[name.rpartition(".")[0]]] > 0
+            learned += count * learns
+            size += count * (number or (4 if learns else part.tensors.dtype(name).itemsize))
     return learned, size

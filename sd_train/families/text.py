@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sd_train.data.words import Words
 from sd_train.families.new_tokens import NewTokens
@@ -196,15 +197,21 @@ class TextEncoder:
         the first chunk of long captions).
 
         Where new tokens have variants, each text is read once with each of them: their states follow each other along
-        the tokens, the first variant's in front, and the pooled state is the mean.
+        the tokens, the first variant's in front, and the pooled state is the mean. Chunks that come to the same, as
+        those without new tokens do, are read once.
         """
         tokens = self.tokenizer(texts, chunks, weighting != "none")
-        variants = 1 if self.new is None else self.new.variants
+        variants, places = 1 if self.new is None else self.new.variants, None
         if self.new is not None and variants > 1:
             tokens = Tokens(self.new.varied(tokens.ids), tokens.weights.repeat_interleave(variants, dim=0))
         network: Any = self.network
         batch, _, length = tokens.ids.shape
-        ids = tokens.ids.view(batch * chunks, length).to(network.device, non_blocking=True)
+        ids = tokens.ids.view(batch * chunks, length)
+        if variants > 1:
+            # On the CPU, where the ids are: nothing waits for the device.
+            ids, places = torch.unique(ids, dim=0, return_inverse=True)
+            places = places.to(network.device, non_blocking=True)
+        ids = ids.to(network.device, non_blocking=True)
         plain = self.layer == 1 and self.final_norm
         output = network(ids, output_hidden_states=not plain)
         if plain:
@@ -213,6 +220,7 @@ class TextEncoder:
             states = output.hidden_states[-self.layer]
             if self.final_norm:
                 states = clip_transformer(network).get_submodule("final_layer_norm")(states)
+        states = states if places is None else _spread(states, places)
         states = _joined(states.view(batch, chunks, length, -1))
         # Asked on the CPU: a question to the device would wait for it.
         if bool((tokens.weights != 1).any()):
@@ -222,11 +230,19 @@ class TextEncoder:
         if hasattr(network, "text_projection"):
             ends = (ids == self.tokenizer.tokenizer.eos_token_id).int().argmax(dim=1)
             at_end = output.last_hidden_state[torch.arange(len(ids), device=ids.device), ends]
+            at_end = at_end if places is None else _spread(at_end, places)
             pooled = network.text_projection(at_end[::chunks])
         if variants > 1:
             states = states.unflatten(0, (-1, variants)).flatten(1, 2)
             pooled = None if pooled is None else pooled.unflatten(0, (-1, variants)).mean(dim=1)
         return EncodedText(states, pooled)
+
+
+def _spread(rows: Tensor, places: Tensor) -> Tensor:
+    """[unique, ...] rows -> [N, ...], the one that each of [N] `places` names."""
+    # The gradient of plain indexing is added up in any order where several threads do so; that of an embedding is not.
+    spread: Tensor = functional.embedding(places, rows.flatten(1)).unflatten(1, rows.shape[1:])
+    return spread
 
 
 def _joined(rows: Tensor) -> Tensor:

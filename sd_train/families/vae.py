@@ -70,7 +70,10 @@ def _recognised(whole: TensorSource, family: FamilyName) -> Part:
     names = source.names()
     halves = [half for half in ("encoder", "decoder") if any(name.startswith(f"{half}.conv_in.") for name in names)]
     if not halves:
-        raise NotRecognisedError(f"no VAE: nothing is named encoder.* or decoder.*, with or without {VAE_PREFIX}")
+        raise NotRecognisedError(
+            f"no VAE: nothing is named encoder.* or decoder.*, with or without {VAE_PREFIX}; give a VAE's file or "
+            "folder, or a whole model"
+        )
     if len(halves) == 1:
         raise NotRecognisedError(f"half a VAE, its {halves[0]} alone; give a whole one")
     if any(name.startswith("encoder.down_blocks.") for name in names):

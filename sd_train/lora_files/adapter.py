@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sd_train.errors import ModelError
 from sd_train.lora_files.names import Place
-from sd_train.lora_files.rotating import rotated
+from sd_train.trainables.rotating import rotated
 
 Kind = Literal["lora", "loha", "lokr", "full", "norm", "ia3", "glora", "oft", "oft_diag"]
 

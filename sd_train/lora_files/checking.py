@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from sd_train.families.sources import TensorSource
-from sd_train.lora_files.adapter import MID, UP, Adapter
+from sd_train.lora_files.adapter import UP, Adapter
 from sd_train.lora_files.merging import MergedSource, Weighted, unfitting
 from sd_train.lora_files.names import TEXT_ROLES, kohya_name
-from sd_train.lora_files.readers import Cell, Content, Reader, who_reads
+from sd_train.lora_files.readers import Cell, Content, Reader, rows_of, who_reads
 from sd_train.lora_files.reading import DTYPE_NAMES, LoraFile
 
 SHOWN_METADATA = (
@@ -73,17 +73,17 @@ class FileReport:
 
 def check(lora: LoraFile, networks: Mapping[str, TensorSource] | None = None) -> FileReport:
     """Read every factor of `lora` once; `networks` of a model, by role, to see whether it fits."""
-    modules, contents = [], []
+    modules, kohya = [], lora.formats == {"kohya"}
+    # A dict keeps the order in which they were met.
+    rows: dict[str, None] = {}
     for place in lora.places():
         adapter = lora.adapter(place)
         modules.append(_module(lora, adapter))
-        contents.append(MID in adapter.factors)
+        rows |= dict.fromkeys(rows_of(adapter, next(iter(lora.keys[place].values())), kohya))
     content = Content(
-        kinds=frozenset(module.kind.split(" ")[0] for module in modules),
-        formats=frozenset(lora.formats),
-        dora=any("DoRA" in module.kind for module in modules),
-        mid=any(contents),
-        one_alpha=len({module.alpha or module.rank for module in modules if module.kind.startswith("lora")}) < 2,
+        rows=tuple(rows),
+        kohya="kohya" in lora.formats,
+        one_alpha=_attentions_have_one_alpha(modules),
         text_model=_has_text_model(lora),
     )
     incomplete = [f"{place.role}.{place.path}" for place in lora.incomplete()]
@@ -121,6 +121,17 @@ def _is_zero(adapter: Adapter) -> bool:
         return False
     deciding = [adapter.factors[UP]] if adapter.kind == "lora" else adapter.factors.values()
     return not any(bool(tensor.any()) for tensor in deciding)
+
+
+def _attentions_have_one_alpha(modules: Sequence[ModuleReport]) -> bool:
+    """Whether it is the commonest of each network, which diffusers takes for theirs."""
+    plain = [module for module in modules if module.kind.startswith("lora")]
+    for role in {module.role for module in plain}:
+        own = [module for module in plain if module.role == role]
+        common = Counter(module.alpha or module.rank for module in own).most_common(1)[0][0]
+        if any("attn" in module.path and (module.alpha or module.rank) != common for module in own):
+            return False
+    return True
 
 
 def _has_text_model(lora: LoraFile) -> bool:

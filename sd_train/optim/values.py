@@ -12,7 +12,7 @@ from sd_train.errors import ConfigError
 
 
 def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; copies of the tensors in it are added to `tensors` under names that begin with `path`.
+    """`value` as JSON; the tensors in it are added to `tensors` under names that begin with `path`.
 
     A JSON list stands for a tuple; lists, dicts and tensors are objects that say so.
 
@@ -21,8 +21,8 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """
     match value:
         case Tensor():
-            # Beside the weights there may be no room for them twice.
-            tensors[path] = value.detach().to("cpu", copy=True)
+            # No copy: beside a whole model there may be no room for its optimizer's state twice.
+            tensors[path] = value.detach()
             return {"tensor": path}
         case None | bool() | int() | float() | str():
             return value

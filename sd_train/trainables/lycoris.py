@@ -23,6 +23,8 @@ from sd_train.types import Batch, Update
 
 _CONSTANTS = (".alpha", ".on_input")
 """Ends of names that say how a module is made; they do not learn."""
+_ENDS = ("lora_unet_conv_in.", "lora_unet_conv_out.", "lora_unet_time_embedding_")
+"""Beginnings of names in LyCORIS's own files that have no target here."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,15 @@ class Lycoris:
         try:
             self.load(from_file(chosen, self.tensors()))
         except ModelError as problem:
-            raise ModelError(
-                f"--network_weights: {problem}\n  give algo, ranks and alphas as they were when it was trained "
-                "(sd-train lora check shows them)"
-            ) from None
+            way_out = "give algo, ranks and alphas as they were when it was trained (sd-train lora check shows them)"
+            ends = sorted({name.partition(".")[0] for name in chosen if name.startswith(_ENDS)})
+            if ends:
+                way_out += (
+                    f"\n  {', '.join(ends)}: LyCORIS's full preset changes the U-Net's ends and its time embedding, "
+                    "too, which is not trained here; merge the file into the model (sd-train lora merge) and begin "
+                    "from that"
+                )
+            raise ModelError(f"--network_weights: {problem}\n  {way_out}") from None
 
     def describe(self) -> str:
         """What learns: modules of each network, and numbers."""

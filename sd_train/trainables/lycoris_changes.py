@@ -1,4 +1,4 @@
-"""What LyCORIS's algorithms change of a weight: the library's formulas in float32, on its parameters."""
+"""What LyCORIS's algorithms change of a weight: its formulas in float32, on the library's parameters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sd_train.trainables.rotating import rotated
 
 _EAGER = "torch"
 """The library's backend that gives the same every time; the others are chosen by timing them."""
@@ -41,7 +43,8 @@ def _loha(library: Any, original: nn.Module) -> Tensor:
 
     inner = (library.hada_t1, library.hada_t2) if library.tucker else (None, None)
     halves = (library.hada_w1_b, library.hada_w1_a, library.hada_w2_b, library.hada_w2_a)
-    scale = torch.tensor(library.scale, device=library.device)
+    # Filled on the device: torch.tensor would copy it there, and wait.
+    scale = torch.full((), library.scale, device=library.device)
     product: Tensor = diff_weight(*halves, *inner, gamma=scale, backend=_EAGER)
     change: Tensor = product.reshape(library.shape) * library.scalar
     return change
@@ -83,15 +86,11 @@ def _glora(library: Any, original: nn.Module) -> Tensor:
 
 def _rotation(library: Any, original: nn.Module) -> Tensor:
     """Orthogonal finetuning: of blocks (Qiu et al. 2023) or in butterflies (Liu et al. 2023)."""
-    if library.name == "boft":
-        from lycoris.functional.boft import diff_weight
-    else:
-        from lycoris.functional.diag_oft import diff_weight
-    rescale = library.rescale if library.rescaled else None
-    change: Tensor = diff_weight(
-        base_of(original), library.oft_blocks, rescale, constraint=library.constraint, backend=_EAGER
-    )
-    return change
+    base, factors = base_of(original), {"oft_blocks": library.oft_blocks}
+    if library.rescaled:
+        factors["rescale"] = library.rescale
+    # Not the library's, which asks the device whether the constraint is met and whether blocks have an inverse.
+    return rotated(base, factors, library.constraint / base.shape[0]) - base
 
 
 def _full(library: Any, original: nn.Module) -> Tensor:

@@ -19,6 +19,8 @@ def rotated(weight: Tensor, factors: Mapping[str, Tensor], constraint: float) ->
         factors: by LyCORIS's names.
         constraint: the blocks' norm is at most `constraint` times the outputs; 0: no limit.
 
+    Nothing here waits for the device, so that it can be part of a training step.
+
     Raises:
         ValueError: if the blocks do not make up the outputs.
     """
@@ -41,11 +43,11 @@ def rotated(weight: Tensor, factors: Mapping[str, Tensor], constraint: float) ->
 def _cayley(blocks: Tensor, most: float) -> Tensor:
     """Cayley's transform of the blocks' skew-symmetric part: an orthogonal matrix for each."""
     skew = blocks - blocks.transpose(-1, -2)
-    norm = torch.linalg.vector_norm(skew)
-    if 0 < most < norm:
-        skew = skew * (most / norm)
+    if most > 0:
+        skew = skew * (most / torch.linalg.vector_norm(skew).clamp_min(most))
     identity = torch.eye(blocks.shape[-1], device=blocks.device)
-    rotations: Tensor = (identity + skew) @ torch.linalg.inv(identity - skew)
+    # Of a skew-symmetric matrix this always has an inverse; inv would wait for the device to hear that.
+    rotations: Tensor = (identity + skew) @ torch.linalg.inv_ex(identity - skew).inverse
     return rotations
 
 
