@@ -20,6 +20,7 @@ from sd_train.data.index import ImageIndex
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.errors import ConfigError, Problem
 from sd_train.files import sha256
+from sd_train.metadata_objective import objective_entries, timestep_range
 from sd_train.types import Progress
 
 # Options of sd-scripts whose part of the trainer does not exist: what it writes into LoRAs when they are not given.
@@ -146,44 +147,11 @@ def _from_config(config: RunConfig) -> dict[str, Any]:
         "ss_resize_interpolation": dataset.resize_interpolation,
         "ss_validation_seed": dataset.validation_seed,
         "ss_validation_split": dataset.validation_split,
-        **_from_objective(config),
+        **objective_entries(config),
     }
     if training.prior_preservation is not None:
         entries |= {"ss_prior_preservation": training.prior_preservation, "ss_class_prompt": training.class_prompt}
     return entries
-
-
-def _from_objective(config: RunConfig) -> dict[str, Any]:
-    """Noise, loss and validation: sd-scripts' names, and in the same way what it does not have, where it is given."""
-    noise, loss, validation = config.noise, config.loss, config.validation
-    entries: dict[str, Any] = {
-        "ss_noise_offset": noise.noise_offset,
-        "ss_noise_offset_random_strength": noise.noise_offset_random_strength,
-        "ss_adaptive_noise_scale": noise.adaptive_noise_scale,
-        "ss_multires_noise_iterations": noise.multires_noise_iterations,
-        "ss_multires_noise_discount": noise.multires_noise_discount,
-        "ss_ip_noise_gamma": noise.ip_noise_gamma,
-        "ss_ip_noise_gamma_random_strength": noise.ip_noise_gamma_random_strength,
-        "ss_min_snr_gamma": loss.min_snr_gamma,
-        "ss_debiased_estimation": loss.debiased_estimation_loss,
-        "ss_loss_type": loss.loss_type,
-        "ss_huber_schedule": loss.huber_schedule,
-        "ss_huber_scale": loss.huber_scale,
-        "ss_huber_c": loss.huber_c,
-        "ss_max_validation_steps": validation.max_validation_steps,
-        "ss_validate_every_n_epochs": validation.validate_every_n_epochs,
-        "ss_validate_every_n_steps": validation.validate_every_n_steps,
-    }
-    own: dict[str, Any] = {
-        "ss_soft_min_snr_gamma": loss.soft_min_snr_gamma,
-        "ss_p2_gamma": loss.p2_gamma,
-        "ss_p2_k": None if loss.p2_gamma is None else loss.p2_k,
-        "ss_scale_v_pred_loss_like_noise_pred": loss.scale_v_pred_loss_like_noise_pred or None,
-        "ss_v_pred_like_loss": loss.v_pred_like_loss,
-        "ss_dream_detail_preservation": loss.dream_detail_preservation if loss.dream_training else None,
-        "ss_timestep_sampling": None if noise.timestep_sampling == "uniform" else noise.timestep_sampling,
-    }
-    return entries | {name: value for name, value in own.items() if value is not None}
 
 
 def _from_network(config: RunConfig, facts: RunFacts) -> dict[str, Any]:
@@ -358,12 +326,6 @@ def _bucket_info(index: ImageIndex) -> dict[str, Any]:
     return {"buckets": buckets, "mean_img_ar_error": index.mean_aspect_error}
 
 
-def _timestep_range(config: RunConfig) -> str | None:
-    """`first,last` as sd-scripts writes them where either is given."""
-    low, high = config.noise.min_timestep, config.noise.max_timestep
-    return None if low is None and high is None else f"{low or 0},{1000 if high is None else high}"
-
-
 def _modelspec(config: RunConfig, facts: RunFacts) -> dict[str, str]:
     """Stability AI's model metadata standard, version 1.0.1."""
     given, moment = config.metadata, now()
@@ -387,7 +349,7 @@ def _modelspec(config: RunConfig, facts: RunFacts) -> dict[str, str]:
         "title": title,
         "resolution": f"{width}x{height}",
         "date": date.isoformat(timespec="seconds"),
-        "timestep_range": _timestep_range(config),
+        "timestep_range": timestep_range(config),
         "prediction_type": "v" if facts.prediction == "v_prediction" else facts.prediction,
         # SDXL's layers are not chosen by it in sd-scripts, which this entry is written for.
         "encoder_layer": None if sdxl else config.model.clip_skip,

@@ -8,7 +8,7 @@ from sd_train.config.network_args import NetworkArgs, block_counts, read_network
 from sd_train.config.options import RunConfig
 from sd_train.errors import ConfigError, ModelError, Problems
 from sd_train.families.parts import ModelKind, ModelParts
-from sd_train.families.sizes import lora_numbers
+from sd_train.families.sizes import RankOf, lora_numbers, lora_tensors
 from sd_train.families.sources import open_file, read_all
 from sd_train.lora_files.adapter import Adapter
 from sd_train.lora_files.reading import lora_from_tensors
@@ -72,13 +72,22 @@ def lora_layout(config: RunConfig, kind: ModelKind) -> Layout:
 
 def network_sizes(config: RunConfig, kind: ModelKind, parts: ModelParts) -> dict[str, int]:
     """How many numbers the LoRA has in each network of the model `parts`, by role."""
+    return lora_numbers(parts, network_numbers(config)[0], _ranks(config, kind), lora_layout(config, kind).convolutions)
+
+
+def network_tensors(config: RunConfig, kind: ModelKind, parts: ModelParts) -> dict[str, list[int]]:
+    """How many numbers each tensor of the LoRA has in the networks of the model `parts`, by role."""
+    return lora_tensors(parts, _ranks(config, kind), lora_layout(config, kind).convolutions)
+
+
+def _ranks(config: RunConfig, kind: ModelKind) -> RankOf:
     layout, (rank, alpha) = lora_layout(config, kind), network_numbers(config)
 
     def rank_of(role: str, path: str, wide: bool) -> int:
         size = layout.size(role, path, wide, Size(rank, alpha))
         return 0 if size is None else size.rank
 
-    return lora_numbers(parts, rank, rank_of, layout.convolutions)
+    return rank_of
 
 
 def network_warnings(config: RunConfig, kind: ModelKind | None) -> list[str]:

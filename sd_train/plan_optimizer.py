@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from math import prod
 
 from sd_train.config.options import RunConfig
-from sd_train.families.keys import text_lora_targets, unet_lora_targets, unet_shape_of
-from sd_train.families.parts import Part, read_model
+from sd_train.families.parts import read_model
 from sd_train.optim.optimizers import eight_bit_numbers, find_optimizer, smallest_eight_bit
 from sd_train.plan import Prepared
 from sd_train.plan_data import model_request
+from sd_train.plan_network import network_tensors
+from sd_train.plan_words import word_numbers
 
 
 def eight_bit_state(config: RunConfig, sizes: Iterable[int]) -> str | None:
@@ -31,22 +32,18 @@ def eight_bit_state(config: RunConfig, sizes: Iterable[int]) -> str | None:
 
 
 def planned_sizes(prepared: Prepared) -> list[int] | None:
-    """Numbers in each tensor of the LoRA that will be trained; None where the model is not known."""
-    if prepared.kind is None:
+    """Numbers in each tensor that will be trained; None where the model is not known, or LyCORIS makes them."""
+    config, kind, rates = prepared.config, prepared.kind, prepared.plan.rates
+    if kind is None or (config.command == "train_network" and config.network.network_module != "networks.lora"):
         return None
-    rank = prepared.config.network.network_dim or 4
-    parts = read_model(model_request(prepared.config)).parts
-    return [size for role, part in parts.items() if role in prepared.plan.rates for size in _sizes(role, part, rank)]
-
-
-def _sizes(role: str, part: Part, rank: int) -> list[int]:
-    if role == "unet":
-        targets = unet_lora_targets(unet_shape_of(part.config))
-    else:
-        targets = text_lora_targets(part.config["num_hidden_layers"])
-    shapes = [part.tensors.shape(f"{target.path}.weight") for target in targets]
-    # down: [rank, in, kernel], up: [out, rank].
-    return [rank * count for shape in shapes for count in (prod(shape[1:]), shape[0])]
+    if config.command == "train_textual_inversion":
+        return [word_numbers(config, kind)]
+    parts = read_model(model_request(config))
+    if config.command == "train_network":
+        tensors = network_tensors(config, kind, parts)
+        return [size for role, sizes in tensors.items() if role in rates for size in sizes]
+    whole = [part.tensors for role, part in parts.parts.items() if role in rates]
+    return [prod(tensors.shape(name)) for tensors in whole for name in tensors.names()]
 
 
 def idle_eight_bit(prepared: Prepared) -> list[str]:

@@ -57,6 +57,11 @@ def plan_warnings(prepared: Prepared) -> list[str]:
     if prepared.kind is not None:
         warnings += objective_warnings(config, prepared.kind)
     spec = find_optimizer(config.optimizer.optimizer_type)
+    if spec.schedule_free and config.ema.use_ema:
+        warnings.append(
+            f"--use_ema: {spec.name} averages the weights itself, and its files hold that average; NAME-ema is one of "
+            "the weights that it steps from"
+        )
     if spec.adapts_rate and plan.rates and max(plan.rates.values()) <= 0.1:
         warnings.append(f"{spec.name} estimates the rate itself and multiplies it with yours; 1.0 is recommended")
     if prepared.resume is not None:

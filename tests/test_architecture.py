@@ -51,7 +51,7 @@ LAYERS: dict[str, int] = {
     "validate.py": 4,
     "report*.py": 4,
     "uploads.py": 4,
-    "metadata.py": 4,
+    "metadata*.py": 4,
     "prompts.py": 4,
     "loop.py": 5,
     "plan*.py": 6,

@@ -24,24 +24,31 @@ def lora_numbers(
         convolutions: also of residual blocks and samplers.
     """
     rule = rank_of or (lambda role, path, wide: rank)
-    return {role: _numbers(role, part, rule, convolutions) for role, part in parts.parts.items() if role != "vae"}
+    sizes = lora_tensors(parts, rule, convolutions)
+    # With the alpha of each module.
+    return {role: sum(counts) + len(counts) // 2 for role, counts in sizes.items()}
 
 
-def _numbers(role: str, part: Part, rank_of: RankOf, convolutions: bool) -> int:
+def lora_tensors(parts: ModelParts, rank_of: RankOf, convolutions: bool = False) -> dict[str, list[int]]:
+    """How many numbers each trained tensor of a LoRA has, by role: down and up of every module, in turn."""
+    return {role: _tensors(role, part, rank_of, convolutions) for role, part in parts.parts.items() if role != "vae"}
+
+
+def _tensors(role: str, part: Part, rank_of: RankOf, convolutions: bool) -> list[int]:
     if role == "unet":
         targets = unet_lora_targets(unet_shape_of(part.config), convolutions=convolutions)
     else:
         targets = text_lora_targets(part.config["num_hidden_layers"])
-    there, numbers = set(part.tensors.names()), 0
+    there, sizes = set(part.tensors.names()), list[int]()
     for target in targets:
         # Only residual blocks whose width changes have a `conv_shortcut`.
         if target.path.endswith("conv_shortcut") and f"{target.path}.weight" not in there:
             continue
         shape = part.tensors.shape(f"{target.path}.weight")
-        own = rank_of(role, target.path, prod(shape[2:]) > 1)
-        # down: [rank, in, kernel], up: [out, rank], alpha.
-        numbers += own * (prod(shape[1:]) + shape[0]) + bool(own)
-    return numbers
+        if own := rank_of(role, target.path, prod(shape[2:]) > 1):
+            # down: [rank, in, kernel], up: [out, rank].
+            sizes += [own * prod(shape[1:]), own * shape[0]]
+    return sizes
 
 
 def model_sizes(
