@@ -32,7 +32,7 @@ from sd_train.metadata import RunFacts, build_metadata, describe_base
 from sd_train.objectives.denoise import Denoise
 from sd_train.optim.ema import Ema
 from sd_train.optim.inference import InferenceWeights
-from sd_train.optim.optimizers import make_optimizer, shared_rates
+from sd_train.optim.optimizers import find_optimizer, make_optimizer
 from sd_train.optim.schedules import ScheduleOptions, make_schedule
 from sd_train.plan import Prepared, plan_fingerprint, prepare
 from sd_train.plan_data import draw_function, draw_settings, model_request, text_options, written_folders
@@ -71,7 +71,7 @@ def run(config: RunConfig) -> int:
         warn(warning)
     drawn = "" if config.training.seed is not None or prepared.resume else " (drawn; give --seed to choose it)"
     say(f"seed: {prepared.progress.seed}{drawn}")
-    say(describe(prepared.plan, config))
+    say(describe(prepared.plan, prepared.config))
     if config.dataset.debug_dataset:
         if prepared.device.is_main:
             show_dataset(prepared, say)
@@ -163,7 +163,7 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
     trainable = make_trainable(prepared)
     family, digest = _load_family(prepared, trainable)
     _install(prepared, family, trainable)
-    groups = _groups(config, trainable)
+    groups = _groups(prepared, trainable)
     # torch refuses an optimizer without parameters, which a control run with rate 0 has.
     empty = [{"params": [torch.nn.Parameter(torch.zeros(0))], "lr": 0.0}]
     optimizer = make_optimizer(
@@ -236,11 +236,12 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
     return 0
 
 
-def _groups(config: RunConfig, trainable: Trainable) -> list[ParamGroup]:
-    """What learns; where the optimizer takes one rate for all, with that one."""
-    groups = trainable.groups()
-    rates = shared_rates(config.optimizer.optimizer_type, [group.lr for group in groups])
-    return [replace(group, lr=rate) for group, rate in zip(groups, rates, strict=True)]
+def _groups(prepared: Prepared, trainable: Trainable) -> list[ParamGroup]:
+    """What learns; where the optimizer takes one rate for all, with the plan's."""
+    groups, rates = trainable.groups(), prepared.plan.rates
+    if not rates or not find_optimizer(prepared.config.optimizer.optimizer_type).one_rate:
+        return groups
+    return [replace(group, lr=next(iter(rates.values()))) for group in groups]
 
 
 def _for_optimizer(group: ParamGroup) -> dict[str, Any]:

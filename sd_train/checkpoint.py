@@ -78,8 +78,8 @@ class Checkpoint:
     is_main: bool
     export: Export = save_own
     """How the model file is written."""
-    saved: Callable[[Sequence[Path]], None] | None = None
-    """Told of the files and folders of each save, as uploads are."""
+    saved: Callable[[Sequence[Path], Path | None], None] | None = None
+    """Told of the models (files or folders) and of the state of each save, as uploads are."""
 
     def __call__(self, progress: Progress) -> None:
         """Save where it is due."""
@@ -105,11 +105,12 @@ class Checkpoint:
                     self.export(self.parts.trainable, self.names.average(stem), average, ema.tensors)
             if state:
                 save_state(self.names.state(stem), progress, self.parts)
-        written = [path, *([self.names.average(stem)] if ema else []), *([self.names.state(stem)] if state else [])]
-        self.report.message(f"saved {' and '.join(map(str, written))}")
+        models = [path, *([self.names.average(stem)] if ema else [])]
+        written = self.names.state(stem) if state else None
+        self.report.message(f"saved {' and '.join(map(str, [*models, *([written] if written else [])]))}")
         if self.saved is not None:
             with self.report.untimed():
-                self.saved(written)
+                self.saved(models, written)
 
     def best(self, progress: Progress) -> None:
         """The file of the lowest validation loss, in place of the one before; states belong to the regular saves."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -167,6 +167,11 @@ class Updater:
         if stopped:
             learning = zip(self.groups, active, strict=True)
             self.params = [parameter for group, on in learning if on for parameter in group]
+
+    def taken_rates(self, rates: Mapping[str, float]) -> Mapping[str, float]:
+        """`rates`; nothing where the optimizer goes by rates of its own, which are among the figures."""
+        chosen = any(group.get("relative_step") is True for group in self.optimizer.param_groups)
+        return {} if chosen else rates
 
     def figures(self) -> dict[str, float | Tensor]:
         """What is worth logging: the step size that the optimizer estimated; with fp16 the scale of the gradients, and

@@ -73,7 +73,7 @@ def train(run: Training) -> bool:
             epoch=progress.epoch,
             samples=update.samples,
             loss=updater.device.sum(loss),
-            rates={group.name: rate for group, rate in zip(run.groups, rates, strict=True)},
+            rates=updater.taken_rates({group.name: rate for group, rate in zip(run.groups, rates, strict=True)}),
             grad_norm=norm,
             extra=updater.figures()
             | run.trainable.figures()

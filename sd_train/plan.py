@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
@@ -76,6 +76,12 @@ def rates_of(config: RunConfig) -> dict[str, float]:
     return learning_rates(config.command, values)
 
 
+def acting_rates(config: RunConfig, roles: Collection[str] | None = None) -> dict[str, float]:
+    """The same as the optimizer takes them; only those of `roles`, the networks that the model has, if it is known."""
+    rates = {role: rate for role, rate in rates_of(config).items() if roles is None or role in roles}
+    return shared_rates(config.optimizer.optimizer_type, rates)
+
+
 def make_plan(
     config: RunConfig,
     kind: ModelKind | None,
@@ -97,7 +103,7 @@ def make_plan(
             f"{datasets[0].origin}: no batch is complete by the end of the training; raise num_repeats or "
             "max_train_epochs, or use another bucket_policy than carry"
         )
-    rates = {role: rate for role, rate in rates_of(config).items() if kind is None or role in kind.configs}
+    rates = acting_rates(config, None if kind is None else kind.configs)
     schedule = make_schedule(ScheduleOptions.of(config.optimizer, rates), total)
     return Plan(
         datasets=datasets,
@@ -109,7 +115,7 @@ def make_plan(
         total_steps=total,
         epochs=updates.epoch_of(total - 1)[0] + 1,
         warmup_steps=schedule.warmup_steps,
-        rates=dict(zip(rates, shared_rates(config.optimizer.optimizer_type, list(rates.values())), strict=True)),
+        rates=rates,
         samples_per_epoch=sum(int(updates.order.counts(number, 0).sum()) for number in range(len(updates.indexes))),
         filled=updates.order.filled_in(0),
         carried=updates.order.carried_after(0),
@@ -175,7 +181,9 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
         config, notes = (settled.config, settled.notes) if settled is not None else (config, ())
         checks(lambda: check_arguments(config.optimizer.optimizer_type, config.optimizer.optimizer_args))
     if checks(lambda: _check_name(config, "lr_scheduler", check_schedule(config.optimizer.lr_scheduler))):
-        checks(lambda: check_schedule_values(ScheduleOptions.of(config.optimizer, rates_of(config))))
+        known = check_optimizer(config.optimizer.optimizer_type) is None
+        rates = acting_rates(config) if known else rates_of(config)
+        checks(lambda: check_schedule_values(ScheduleOptions.of(config.optimizer, rates)))
     checks(now)
     checks(lambda: check_word(config))
     debug = config.dataset.debug_dataset

@@ -13,7 +13,6 @@ from sd_train.families.sources import open_file, read_all
 from sd_train.lora_files.adapter import Adapter
 from sd_train.lora_files.reading import lora_from_tensors
 from sd_train.lora_files.writing import refuse_leftovers
-from sd_train.optim.optimizers import check_optimizer, find_optimizer
 from sd_train.trainables.lora_layout import BlockSize, Layout, Size
 
 DEFAULT_RANK = 4
@@ -112,7 +111,7 @@ def _is_sdxl(kind: ModelKind) -> bool:
 
 
 def check_network(config: RunConfig, kind: ModelKind | None) -> None:
-    """What of a network's options does not fit the model or the optimizer.
+    """What of a network's options does not fit the model.
 
     Raises:
         ConfigError: with every problem.
@@ -121,14 +120,6 @@ def check_network(config: RunConfig, kind: ModelKind | None) -> None:
         return
     args, where = network_args(config), "--network_args"
     problems = [] if kind is None else [str(one) for one in wrong_counts(args, block_counts(_is_sdxl(kind)), where)]
-    optimizer = config.optimizer.optimizer_type
-    adapts = check_optimizer(optimizer) is None and find_optimizer(optimizer).adapts_rate
-    apart = [name for name in ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "loraplus_lr_ratio",
-                               "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
-             if getattr(args, name) is not None]  # fmt: skip
-    if apart and adapts:
-        problems.append(f"{where}: {', '.join(apart)}: {optimizer} takes one learning rate for all; remove them, or "
-                        "choose another optimizer_type")
     text_only = config.network.network_train_text_encoder_only or config.network.unet_lr == 0
     if not problems and kind is not None and not text_only and not _learns(lora_layout(config, kind)):
         problems.append(f"{where}: no block of the U-Net has both a rank and a weight above 0 (and above "

@@ -17,6 +17,7 @@ from sd_train.data.shards import UNIT
 from sd_train.families.parts import read_model
 from sd_train.families.sizes import model_sizes
 from sd_train.files import nearest_folder
+from sd_train.optim.optimizers import chooses_rate, find_optimizer
 from sd_train.plan import Plan, Prepared
 from sd_train.plan_data import caches_latents, caches_texts, model_request, written_folders
 from sd_train.plan_network import network_sizes
@@ -77,6 +78,9 @@ def describe(plan: Plan, config: RunConfig) -> str:
     warmup = f", warm-up over the first {plan.warmup_steps}" if plan.warmup_steps else ""
     lines.append(f"training: {plan.total_steps} updates, {epochs}{warmup}")
     rates = ", ".join(f"{role} {rate:g}" for role, rate in plan.rates.items())
+    spec = find_optimizer(config.optimizer.optimizer_type)
+    if rates and chooses_rate(spec, config.optimizer.optimizer_args):
+        rates = f"{', '.join(plan.rates)}: {spec.name} chooses them while it trains"
     lines.append(f"learning rates: {rates or 'none above 0, nothing learns: a control run'}")
     lines += _describe_options(config)
     return "\n".join(lines)

@@ -136,9 +136,9 @@ class Uploader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def saved(self, paths: Sequence[Path]) -> None:
-        """Upload files, and state folders if they are wanted."""
-        wanted = [path for path in paths if self._target.states or not path.is_dir()]
+    def saved(self, models: Sequence[Path], state: Path | None = None) -> None:
+        """Upload models, each a file or a folder, and the state folder if states are wanted."""
+        wanted = [*models, *([state] if state is not None and self._target.states else [])]
         if not self._in_background:
             for path in wanted:
                 self._upload(path)

@@ -204,7 +204,8 @@ class Validation:
         # After it is noted, so that a state that is saved at the same update knows of it.
         progress.extra[_OWNER] = state
         when = f"after update {progress.step}" if progress.step else "before the first update"
-        told = f"; the lowest is {state['best']:.5f} after update {state['best_step']}" if state["misses"] else ""
+        found = state["misses"] > 0 and state["best"] is not None
+        told = f"; the lowest is {state['best']:.5f} after update {state['best_step']}" if found else ""
         self.report.message(f"validation {when}: loss {loss:.5f}, on training images {trained:.5f}{told}")
         if lowest and self.save_best is not None:
             self.save_best(progress)
@@ -212,7 +213,8 @@ class Validation:
             self.gives_up = True
             self.report.message(
                 f"the training ends after update {progress.step} of {self.end}: {state['misses']} validations in a row "
-                f"were no new lowest (--validation_patience {self.patience}); to go on, --resume with a larger one"
+                f"were no new lowest (--validation_patience {self.patience}); to go on, --resume a state with a larger "
+                "one"
             )
 
     def due(self, progress: Progress) -> bool:

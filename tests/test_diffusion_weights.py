@@ -147,15 +147,15 @@ def test_more_noise_depends_on_its_place_alone() -> None:
     together = draw_noise(FULL, 3, 5, [0, 1, 2, 3], SHAPE)
     parts = [draw_noise(FULL, 3, 5, places, SHAPE) for places in ([0, 1], [2, 3])]
     assert {name: tuple(rows.shape) for name, rows in together.items()} == {
-        "offset": (4, 4, 1, 1), "pyramid": (4, *SHAPE), "perturbation": (4, *SHAPE)
+        "offset": (4, 4, 1, 1), "offset_strength": (4, 1, 1, 1), "pyramid": (4, *SHAPE), "perturbation": (4, *SHAPE)
     }  # fmt: skip
     for name, rows in together.items():
         assert torch.equal(rows, torch.cat([part[name] for part in parts]))
         assert not torch.equal(rows, draw_noise(FULL, 3, 6, [0, 1, 2, 3], SHAPE)[name])
     # One option changes no draw of another.
     alone = draw_noise(NoiseSettings(offset=0.7, offset_random=True), 3, 5, [0, 1, 2, 3], SHAPE)
-    assert alone.keys() == {"offset"}
-    assert torch.equal(alone["offset"], together["offset"])
+    assert alone.keys() == {"offset", "offset_strength"}
+    assert all(torch.equal(rows, together[name]) for name, rows in alone.items())
     assert draw_noise(NoiseSettings(), 3, 5, [0], SHAPE) == {}
 
 
@@ -180,6 +180,14 @@ def test_adaptive_offset_follows_the_latents() -> None:
     shifted = combine(settings, torch.zeros(2, *SHAPE), drawn, latents)
     sizes = (shifted[:, :, 0, 0] / drawn["offset"][:, :, 0, 0]).mean(0)
     torch.testing.assert_close(sizes, torch.tensor([0.3, 0.1, 0.3, 0.3]))
+    # As in sd-scripts a random strength is the offset's own: what the latents add stays.
+    random = NoiseSettings(offset=0.1, offset_random=True, adaptive=0.5)
+    drawn = draw_noise(random, 0, 0, [0, 1], SHAPE)
+    shifted = combine(random, torch.zeros(2, *SHAPE), drawn, latents)
+    sizes = shifted[:, :, 0, 0] / drawn["offset"][:, :, 0, 0]
+    strengths = drawn["offset_strength"].reshape(2, 1)
+    assert 0 < float(strengths.min()) < float(strengths.max()) < 1
+    torch.testing.assert_close(sizes, 0.1 * strengths + torch.tensor([0.2, 0.0, 0.2, 0.2]))
     falling = NoiseSettings(offset=0.1, adaptive=-1.0)
     assert float(combine(falling, torch.zeros(2, *SHAPE), drawn, latents)[:, 0].abs().max()) == 0
 
@@ -240,6 +248,21 @@ def test_importance_draws_large_losses_more_often_and_keeps_the_mean() -> None:
     again.load(sampler.state())
     assert torch.equal(again.place(shares)[0], moved)
     assert len(sampler.state()["moments"]) == BINS
+
+
+def test_importance_learns_also_of_few_timesteps_and_forgets_others() -> None:
+    few = Importance(TimestepSettings(100, 104), 1000, torch.device("cpu"))
+    times = torch.arange(100, 104)
+    few.note(times, torch.tensor([1.0, 1.0, 1.0, 5.0]), torch.ones(4))
+    few.end_update(few.sums())
+    moved, weights = few.place(draw_shares(0, 0, range(8000)))
+    found = torch.stack([(moved == time).float().mean() for time in times])
+    torch.testing.assert_close(found, 0.9 * torch.tensor([1.0, 1.0, 1.0, 5.0]) / 8 + 0.1 / 4, atol=0.02, rtol=0)
+    assert float(weights.mean()) == pytest.approx(1, abs=0.02)
+    for bounds in (TimestepSettings(), TimestepSettings(104, 108)):
+        other = Importance(bounds, 1000, torch.device("cpu"))
+        other.load(few.state())
+        assert float(other.moments.sum()) == 0
 
 
 def test_padding_does_not_count_for_importance() -> None:

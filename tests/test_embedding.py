@@ -291,8 +291,8 @@ def test_files_are_those_of_sd_scripts(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_no_weight_decays(name: str) -> None:
     spec = OPTIMIZERS[name]
-    if "8bit" in name or "paged" in name:
-        pytest.skip("needs a GPU")
+    if name == "dadaptsgd":
+        pytest.skip("divides by the norm of the first gradients, which are zero here")
     given: dict[str, Any] = {"weight_decay": 0.5} if name in ("adamw", "lion", "prodigy") else {}
     rows = torch.nn.Parameter(torch.ones(2, 8))
     group = ParamGroup("textencoder", {"emb_params": rows}, 0.1, weight_decay=0.0)

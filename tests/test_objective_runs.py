@@ -160,9 +160,9 @@ def test_zero_terminal_snr_makes_a_model_that_is_read_as_such(
     assert load(tmp_path / "db" / "out.safetensors").zero_terminal_snr
     with safe_open(tmp_path / "db" / "out.safetensors", "pt") as file:
         assert "ztsnr" in file.keys()  # noqa: SIM118
-    assert other_command("train_db", v_model, tmp_path, tmp_path / "db", f"{whole} --save_model_as diffusers") == 0
-    assert load(tmp_path / "db" / "out").zero_terminal_snr
-    scheduler = json.loads((tmp_path / "db" / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert other_command("train_db", v_model, tmp_path, tmp_path / "folder", f"{whole} --save_model_as diffusers") == 0
+    assert load(tmp_path / "folder" / "out").zero_terminal_snr
+    scheduler = json.loads((tmp_path / "folder" / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["rescale_betas_zero_snr"] is True
 
 
@@ -170,7 +170,7 @@ def test_zero_terminal_snr_makes_a_model_that_is_read_as_such(
     ("v", "more", "said"),
     [
         (True, "--v_pred_like_loss 0.5", "--v_pred_like_loss = 0.5: the model predicts v itself; remove it"),
-        (False, "--scale_v_pred_loss_like_noise_pred", "the model predicts the noise, not v; remove it"),
+        (False, "--scale_v_pred_loss_like_noise_pred", "v_parameterization is not given"),
         (False, "--zero_terminal_snr --debiased_estimation_loss", "--debiased_estimation_loss: its weight is infinite"),
         (False, "--zero_terminal_snr --debiased_estimation_loss --max_timestep 999", ""),
         (False, "--adaptive_noise_scale 0.5", "needs noise_offset; give a noise_offset"),
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused_before_the_training(
 
 
 def test_scaling_counts_for_models_that_predict_v(v_model: Path, dataset: Path, tmp_path: Path) -> None:
-    flag = "--scale_v_pred_loss_like_noise_pred"
+    flag = "--scale_v_pred_loss_like_noise_pred --v_parameterization"
     files = [train(v_model, dataset, tmp_path / name, f"{SHORT} {more}") for name, more in {"a": "", "b": flag}.items()]
     assert differences(*files)
     assert metadata(files[1])["ss_scale_v_pred_loss_like_noise_pred"] == "True"

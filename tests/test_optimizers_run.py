@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def settled(photos: Path, more: str) -> Settled:
         ("--optimizer_args warmup_init=True", True, None),
         ("--learning_rate 1e-4 --optimizer_args warmup_init=True", True, "--learning_rate = 0.0001 has no effect"),
         ("--lr_scheduler adafactor", True, None),
+        ("--lr_scheduler adafactor --optimizer_type transformers.Adafactor", True, None),
         ("--lr_scheduler adafactor:1e-4 --learning_rate 1e-4", True, "--learning_rate = 0.0001 has no effect"),
     ],
 )
@@ -79,6 +81,34 @@ def test_several_rates_with_those_that_take_one(photos: Path) -> None:
     assert not settled(photos, "--optimizer_type AdamW").notes
     assert not settled(photos, "--optimizer_type ProdigyPlusScheduleFree").notes
     assert not settle(config_of(photos, "--optimizer_type Prodigy"), {"unet": 0.5}).notes
+
+
+def test_blocks_and_lora_plus_get_the_one_rate_too(photos: Path, tiny_model: Path, tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    config = config_of(photos, "--optimizer_type Prodigy")
+    blocks = replace(config, full=config.full.model_copy(update={"block_lr": (0.0, 0.5, *[1.0] * 21)}))
+    found = settle(blocks, {"unet": 1.0, "text_encoder": 2.0})
+    assert found.config.full.block_lr == (0.0, *[0.5] * 22)
+    assert "those given (unet 0.5, text_encoder 2, a block 1) only the first one is effective, 0.5" in found.notes[0]
+    assert settle(found.config, {"unet": 0.5}) == Settled(found.config, ())
+    own = replace(blocks, optimizer=config.optimizer.model_copy(update={"optimizer_type": "AdamW"}))
+    assert settle(own, {"unet": 1.0}).config.full.block_lr == blocks.full.block_lr
+    more = "--max_train_steps 2 --unet_lr 1 --text_encoder_lr 0.5"
+    more += " --network_args loraplus_lr_ratio=4 down_lr_weight=sine"
+    # As absolute rates are refused where rates differ, and here they do not.
+    more += " --lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=4 eta_min=0.5"
+    train(tiny_model, photos, tmp_path, f"{more} --optimizer_type Prodigy --logging_dir {tmp_path / 'logs'}")
+    said = capsys.readouterr()
+    assert "--network_args: down_lr_weight, loraplus_lr_ratio: Prodigy takes one learning rate" in said.err
+    assert "learning rates: unet 1, text_encoder 1" in said.out
+    curves = scalars(tmp_path / "logs")
+    logged = [name for name in curves if name.startswith("lr/") and "*" not in name]
+    assert len(logged) > 4
+    assert {curves[name][0][1] for name in logged} == {1.0}
+    # One with an estimate for each group takes them all.
+    more = "--max_train_steps 1 --learning_rate 1 --network_args loraplus_lr_ratio=4 --optimizer_type prodigyplus"
+    train(tiny_model, photos, tmp_path / "plus", f"{more}schedulefree --logging_dir {tmp_path / 'plus_logs'}")
+    assert scalars(tmp_path / "plus_logs")["lr/unet plus"][0][1] == 4.0
 
 
 def test_a_warm_up_from_zero_is_refused_where_it_would_divide_by_zero(photos: Path) -> None:
@@ -146,11 +176,21 @@ def test_a_part_and_the_rest_are_the_whole(tiny_model: Path, photos: Path, tmp_p
         assert curves["lr/d*lr/group0"][-1][1] > 0
 
 
-def test_relative_steps_are_logged(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+def test_relative_steps_are_logged(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = "--optimizer_type AdaFactor --optimizer_args relative_step=True scale_parameter=False --max_train_steps 2"
     train(tiny_model, photos, tmp_path, f"{more} --network_train_unet_only --logging_dir {tmp_path / 'logs'}")
-    curve = scalars(tmp_path / "logs")["lr/relative/group0"]
-    assert [value for _, value in curve] == pytest.approx([0.01, 0.01])
+    curves = scalars(tmp_path / "logs")
+    # The rate of the options, which nothing goes by, is not shown as if it did.
+    assert [name for name in curves if name.startswith("lr/")] == ["lr/relative/group0"]
+    assert [value for _, value in curves["lr/relative/group0"]] == pytest.approx([0.01, 0.01])
+    assert "learning rates: unet: AdaFactor chooses them while it trains" in capsys.readouterr().out
+    # With a rate that was given it is the one that is shown.
+    given = f"--optimizer_type AdaFactor --max_train_steps 1 --logging_dir {tmp_path / 'given'}"
+    train(tiny_model, photos, tmp_path / "rate", given)
+    assert "learning rates: unet 0.001, text_encoder 0.001" in capsys.readouterr().out
+    assert scalars(tmp_path / "given")["lr/unet"][0][1] == pytest.approx(1e-3)
 
 
 def test_pictures_change_nothing(tiny_model: Path, photos: Path, tmp_path: Path) -> None:

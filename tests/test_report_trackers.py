@@ -112,6 +112,8 @@ def test_all_trackers_of_a_run(
     config_text = (output / "lora-config.toml").read_text(encoding="utf-8")
     assert content[0]["text"] == {"config": config_text}
     assert content[1]["hyperparameters"]["network_dim"] == 4
+    # Nor what belongs to other commands.
+    assert "xti" not in content[1]["hyperparameters"]
     assert "pretrained_model_name_or_path" not in content[1]["hyperparameters"]
     assert {"step": 4, "picture": "sample_0"}.items() <= next(line for line in content if "picture" in line).items()
     assert content[-1]["final"]["loss/average"] == written["loss/average"][-1][1]
@@ -252,7 +254,7 @@ def test_norms_wait_for_no_device() -> None:
 def test_norms_are_without_the_scale_of_the_loss_and_before_clipping() -> None:
     weight = torch.nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    updater = Updater(Device(torch.device("cpu"), "fp16"), optimizer, [weight], max_norm=0.5)
+    updater = Updater(Device(torch.device("cpu"), "fp16"), optimizer, [[weight]], max_norm=0.5)
     norms = Norms([ParamGroup("a", {"w": weight}, 1.0)], 1)
     updater.backward((weight * torch.tensor([3.0, 0.0, 4.0, 0.0])).sum())
     updater.step(norms.take_gradients)

@@ -165,8 +165,6 @@ def hada(seed: int = 0) -> dict[str, Tensor]:
         ("--network_args down_lr_weight=1,1 up_lr_weight=0.5", 2, "write up_lr_weight=0.5,1,1,1,1,1,1,1,1,1,1,1"),
         ("--network_args mid_lr_weight=0 down_lr_weight=zeros up_lr_weight=zeros", 2, "so that it would learn nothing"),
         (f"--network_args block_dims=4,{','.join(['0'] * 24)}", 2, "no block of the U-Net has both a rank and"),
-        ("--optimizer_type Prodigy --learning_rate 1 --network_args loraplus_lr_ratio=4", 2,
-         "loraplus_lr_ratio: Prodigy takes one learning rate for all"),
         ("--network_weights hada.safetensors", 3, "holds modules of other algorithms (loha)"),
         ("--network_weights hada.safetensors --dim_from_weights", 3, "sd-train lora convert --to lora"),
     ],

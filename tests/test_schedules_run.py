@@ -152,6 +152,8 @@ def test_a_model_and_a_dataset_give_the_length(
         ("plot --output a.png train_network", "train_network: stands before the first option"),
         ("draw", "'draw' is nothing it does"),
         ("plot --output a.png --max_train_epochs 3", "--max_train_epochs = 3: how many updates that is depends"),
+        ("plot train_textual_inversion --output a.png --max_train_epochs 3 --pretrained_model_name_or_path m "
+         "--dataset_config dataset.toml --init_word cat", "give them too (--token_string)"),
         ("plot --output a.png --learning_rate 0", "no learning rate above 0"),
         ("plot --output a.png --lr_scheduler_power 3", "--lr_scheduler_power = 3.0: constant does not use it"),
         ("plot --output a.png --lr_warmup 3", "--lr_warmup = '3': is no option; names are not shortened"),
@@ -167,6 +169,14 @@ def test_refused(folder: Path, capsys: pytest.CaptureFixture[str], words: str, e
     # What is put in place of a model and a dataset is not spoken of.
     assert "problems" not in message
     assert not (folder / "a.png").exists()
+
+
+def test_the_picture_has_the_one_rate_of_those_that_take_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = "--unet_lr 1 --text_encoder_lr 0.5 --max_train_steps 4 --optimizer_type"
+    assert main(["schedule", "plot", "--output", "rates.png", *more.split(), "Prodigy"]) == 0
+    assert "unet, text_encoder: highest 1, at the last update 1\n" in capsys.readouterr().out
+    assert main(["schedule", "plot", "--output", "rates.png", *more.split(), "AdamW"]) == 0
+    assert "text_encoder: highest 0.5, at the last update 0.5\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("total", "points"), [(1, 1), (2, 2), (50, 50), (1_000_000, 20_000)])

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from sd_train.config.hub import HubFolder, parse_hub_folder
 from sd_train.config.parser import load_run_config
 from sd_train.errors import ConfigError, DataError
+from sd_train.train_db import main as train_db
 from sd_train.train_network import main
 from sd_train.uploads import HubTarget, Uploader, download_state, open_repository
 from tests.hub_server import COMMIT, TOKEN, Hub, hub_server, use_hub
@@ -83,6 +84,19 @@ def test_what_a_run_saves_arrives_and_continues_elsewhere(
     again = load_run_config("train_network", ["--config_file", str(second / "lora-config.toml")]).config
     assert again.saving.resume is None
     assert not again.hub.resume_from_huggingface
+
+
+def test_a_model_that_is_a_folder_arrives_and_its_state_stays(
+    tiny_folder: Path, photos: Path, tmp_path: Path, hub: Hub
+) -> None:
+    more = "--output_name whole --max_train_steps 1 --learning_rate 1e-5 --max_data_loader_n_workers 0 --save_state"
+    more += f" --huggingface_repo_id me/frog --huggingface_token {TOKEN}"
+    paths = ("--pretrained_model_name_or_path", tiny_folder, "--dataset_config", photos, "--output_dir", tmp_path)
+    assert train_db([*map(str, paths), *more.split()]) == 0
+    assert (tmp_path / "whole-state").is_dir()
+    written = tree(tmp_path / "whole")
+    assert "unet/config.json" in written
+    assert hub.repos["me/frog"] == {f"whole/{name}": content for name, content in written.items()}
 
 
 def test_a_refusing_hub_does_not_stop_a_training(
@@ -157,7 +171,7 @@ def test_uploads_in_the_background_keep_their_order_and_are_waited_for(tmp_path:
     (tmp_path / "state").mkdir()
     uploader = Uploader(target, say, in_background=True)
     for path in files(tmp_path, *names):
-        uploader.saved([path, tmp_path / "state"])
+        uploader.saved([path], tmp_path / "state")
     # The hub answers nothing before this line: `saved` did not wait.
     assert hub.order == []
     uploader.close()

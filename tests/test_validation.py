@@ -21,6 +21,7 @@ from sd_train.data.index import ImageIndex
 from sd_train.data.slices import fixed_slice
 from sd_train.device import Device
 from sd_train.diffusion.draws import Draws, DrawSettings, draw
+from sd_train.fine_tune import main as fine_tune
 from sd_train.names import FileNames
 from sd_train.objectives.denoise import Denoise
 from sd_train.train_db import main as train_db
@@ -99,7 +100,7 @@ def test_its_variance_is_far_below_that_of_drawn_timesteps(tmp_path: Path) -> No
     lora = Lora(LoraSettings(rank=1, alpha=1.0, dropout=0.0, rates={"unet": 1.0}, seed=0))
     lora.install(family)
     objective = Denoise(family, lora, CPU)
-    index = read_index(write_dataset(tmp_path / "d.toml"), 6)
+    index = read_index(write_dataset(tmp_path / "d.toml"), 12)
     cache = MemoryCache()
     cache.fill([index], family.encode_images, FillOptions(6, 0, lambda count: None))
 
@@ -109,7 +110,7 @@ def test_its_variance_is_far_below_that_of_drawn_timesteps(tmp_path: Path) -> No
         def drawn(step: int, places: Sequence[int], width: int, height: int) -> Draws:
             return draw(DrawSettings(seed), step, places, latent_shape(width, height))
 
-        updates = Updates(scored.updates.indexes, BatchSettings(seed, accumulation=2, workers=0), drawn)
+        updates = Updates(scored.updates.indexes, BatchSettings(seed, accumulation=1, workers=0), drawn)
         updates.cache = cache
         (update,) = updates.starting_at(Progress(seed, 0, 0.0), 1)
         return float(torch.cat([objective.score(batch) for batch in update.batches]).mean())
@@ -276,7 +277,21 @@ def test_patience_ends_the_training(
     assert "ends after update" not in said
 
 
+def test_a_loss_that_is_not_finite_is_no_lowest(
+    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = "--max_train_steps 4 --learning_rate 1e6 --validate_every_n_steps 2 --save_best --validation_patience 1"
+    output = tmp_path / "out"
+    assert main(words(tiny_model, photos, output, f"{more} --network_train_unet_only --max_validation_steps 1")) == 4
+    said = capsys.readouterr().err
+    assert "validation after update 2: loss nan, on training images nan\n" in said
+    assert "the training ends after update 2 of 4: 1 validations in a row were no new lowest" in said
+    assert "the weights at step 2 are not finite" in said
+    assert not list(output.glob("*.safetensors"))
+
+
 RUNS = {
+    "fine_tune": (fine_tune, ""),
     "train_db": (train_db, ""),
     "train_textual_inversion": (train_textual_inversion, "--token_string cup-thing --use_object_template"),
     "cached": (main, "--cache_text_encoder_outputs --network_train_unet_only --validate_every_n_epochs 1"),
@@ -288,6 +303,11 @@ def test_every_command_validates(
     tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     run, more = RUNS[name]
+    if name == "fine_tune":
+        captions = {path.stem: {"caption": "a cup"} for path in PHOTOS.glob("*.jpg")}
+        (tmp_path / "captions.json").write_text(json.dumps(captions))
+        metadata_file = f"metadata_file = {str(tmp_path / 'captions.json')!r}"
+        photos = write_dataset(tmp_path / "photos.toml", dataset=SPLIT, subset=metadata_file)
     paths = ("--pretrained_model_name_or_path", tiny_model, "--dataset_config", photos, "--output_dir", tmp_path)
     more += " --max_train_steps 1 --seed 1 --max_data_loader_n_workers 0 --validation_timesteps 1 --learning_rate 0.01"
     assert run([*map(str, paths), *more.split()]) == 0

@@ -74,6 +74,6 @@ def main(argv: Sequence[str]) -> int:
     elif left:
         warn_line(f"{config.saving.output_dir} holds another run's files ({left[0].name}): this run would be refused")
     say_line(f"seed: {prepared.progress.seed}")
-    say_line(describe(prepared.plan, config))
+    say_line(describe(prepared.plan, prepared.config))
     say_line(describe_outputs(prepared))
     return 0

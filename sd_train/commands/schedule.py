@@ -146,24 +146,24 @@ def _counted(config: RunConfig, missing: Sequence[str]) -> tuple[RunConfig, int,
     """The options as they act, the updates of the training, the rates above 0 by network role, and words about them."""
     from sd_train.families.registry import check_model
     from sd_train.optim.settle import settle
-    from sd_train.plan import prepare, rates_of
+    from sd_train.plan import acting_rates, prepare, rates_of
     from sd_train.plan_data import model_request
 
     if config.training.max_train_epochs is not None:
-        if any(flag in missing for flag in ("--pretrained_model_name_or_path", "--train_data_dir")):
+        needed = ("--pretrained_model_name_or_path", "--train_data_dir", "--token_string")
+        if absent := [flag for flag in needed if flag in missing]:
+            shown = ", ".join(absent).replace("--train_data_dir", "--dataset_config")
             raise ConfigError(
                 f"--max_train_epochs = {config.training.max_train_epochs}: how many updates that is depends on the "
-                "dataset and the model; give them too (--dataset_config, --pretrained_model_name_or_path), or "
-                "--max_train_steps in its place"
+                f"dataset and the model; give them too ({shown}), or --max_train_steps in its place"
             )
         prepared = prepare(config, trains=False)
         return prepared.config, prepared.plan.total_steps, prepared.plan.rates, prepared.notes
     roles = {"unet", "text_encoder", *(["text_encoder_2"] if config.model.sdxl else [])}
     with suppress(UserError):
         roles = set(check_model(model_request(config)).configs)
-    rates = {role: rate for role, rate in rates_of(config).items() if role in roles}
-    settled = settle(config, rates)
-    return settled.config, config.training.max_train_steps, rates, settled.notes
+    settled = settle(config, {role: rate for role, rate in rates_of(config).items() if role in roles})
+    return settled.config, config.training.max_train_steps, acting_rates(settled.config, roles), settled.notes
 
 
 def _merged(rates: Mapping[str, float]) -> dict[str, float]:

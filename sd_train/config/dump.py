@@ -71,6 +71,8 @@ def hyperparameters(config: RunConfig) -> dict[str, bool | int | float | str]:
         value = getattr(getattr(config, option.group), name)
         if value is None or option.group in _NOT_COMPARED or name in _PLACES or _holds_path(value):
             continue
+        if not option.belongs_to(config.command):
+            continue
         if isinstance(value, bool | int | float | str):
             found[name] = value
         else:

@@ -60,6 +60,10 @@ def _loss(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
                 warnings.append(f"{chosen.where(name)} has no effect: loss_type is {values['loss_type']}")
             elif name == "huber_scale" and values["huber_schedule"] == "snr":
                 warnings.append(f"{chosen.where(name)} has no effect: huber_schedule is snr, as in sd-scripts")
+    name = "scale_v_pred_loss_like_noise_pred"
+    if chosen.valid(name, "v_parameterization") and values[name] and not values["v_parameterization"]:
+        problems.add(chosen.where(name), None, "is for models that predict v, and v_parameterization is not given",
+                     "give --v_parameterization too, as in sd-scripts, or remove it")
     if values.get("min_snr_gamma") is not None and values.get("soft_min_snr_gamma") is not None:
         where = f"{chosen.where('min_snr_gamma')} and {chosen.where('soft_min_snr_gamma')}"
         problems.add(where, None, "exclude each other", "remove one of the two")

@@ -80,7 +80,7 @@ class HubOptions(Group):
     """Copies of what is saved, on the Hugging Face hub."""
 
     huggingface_repo_id: str | None = Field(
-        None, description="Repository (owner/name) that every saved file is uploaded to; made where there is none."
+        None, description="Repository (owner/name) that every saved model is uploaded to; made where there is none."
     )
     huggingface_repo_type: Literal["model", "dataset", "space"] | None = Field(
         None, description="Kind of that repository; not given: model."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from sd_train.config.catalogue import options
 from sd_train.config.hub import HUB_ID, is_path_in_repo, parse_hub_folder
 from sd_train.config.rules import Chosen
 from sd_train.errors import Problems
@@ -40,7 +41,8 @@ def _logs(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
                 warnings.append(f"{chosen.where(name)} has no effect: log_with is neither wandb nor all")
     if logging_dir is None and log_with is None:
         for name in ("log_tracker_name", "log_norms_every_n_steps"):
-            if name in chosen.given and chosen.valid(name):
+            # A run's own configuration file holds the defaults too.
+            if name in chosen.given and chosen.valid(name) and chosen.values[name] != options()[name].default:
                 warnings.append(f"{chosen.where(name)} has no effect: logging_dir is not given")
 
 

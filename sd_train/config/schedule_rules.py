@@ -58,6 +58,9 @@ SCHEDULE_OPTIONS = (
 )  # fmt: skip
 """Every option that `check_schedule_options` looks at."""
 
+_ADAFACTOR = ("adafactor", "transformers.adafactor", "transformers.optimization.adafactor")
+"""Names of the optimizer that finds its rates itself; torch's of the same name does not."""
+
 _OWN_OPTIONS: Mapping[str, str] = MappingProxyType(
     {
         "num_cycles": "lr_scheduler_num_cycles",
@@ -160,7 +163,7 @@ def _adafactor(values: Mapping[str, Any], where: Callable[[str], str], problems:
     if colon and not _is_rate(rate):
         way_out = "write adafactor or, for example, adafactor:1e-4"
         problems.add(where("lr_scheduler"), values["lr_scheduler"], "no number stands behind the colon", way_out)
-    if values["optimizer_type"].lower() != "adafactor":
+    if values["optimizer_type"].lower() not in _ADAFACTOR:
         rule = f"belongs to optimizer_type Adafactor, and {values['optimizer_type'] or 'AdamW'} needs a schedule"
         problems.add(where("lr_scheduler"), values["lr_scheduler"], rule, "write lr_scheduler = constant")
     elif values["optimizer_args"].get("relative_step", True) is False:

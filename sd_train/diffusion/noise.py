@@ -24,7 +24,7 @@ class NoiseSettings:
     offset: float = 0.0
     """Standard deviation of a shift of each channel (Guttenberg 2023, "Diffusion with offset noise")."""
     offset_random: bool = False
-    """Whether each sample's is times a uniform draw."""
+    """Whether each sample's `offset` is times a uniform draw."""
     adaptive: float = 0.0
     """Share of the latents' own mean, without its sign, that is added to `offset`."""
     pyramid_levels: int = 0
@@ -42,8 +42,8 @@ def draw_noise(
     """What `combine` and `perturb` take, float32: of the samples at `places` of update number `step`.
 
     Returns:
-        "offset" [B, C, 1, 1] and "pyramid" and "perturbation" [B, *shape], as far as the settings want them, with their
-        strengths in them.
+        "offset" [B, C, 1, 1] and its "offset_strength" [B, 1, 1, 1], and "pyramid" and "perturbation" [B, *shape] with
+        their strengths in them, as far as the settings want them.
     """
     drawn: dict[str, list[Tensor]] = {}
     if settings == NoiseSettings():
@@ -54,7 +54,9 @@ def draw_noise(
         offset = _normal(generator, (shape[0], 1, 1))
         strengths = generator.random(2, dtype=np.float64)
         if settings.offset or settings.adaptive:
-            drawn.setdefault("offset", []).append(offset * (strengths[0] if settings.offset_random else 1.0))
+            drawn.setdefault("offset", []).append(offset)
+            if settings.offset_random:
+                drawn.setdefault("offset_strength", []).append(torch.full((1, 1, 1), strengths[0]))
         if settings.perturbation:
             strength = settings.perturbation * (strengths[1] if settings.perturbation_random else 1.0)
             own = np.random.Generator(np.random.Philox(key=derive(seed, "perturbation", step, place)))
@@ -72,8 +74,10 @@ def combine(settings: NoiseSettings, noise: Tensor, drawn: Mapping[str, Tensor],
     """
     if "offset" in drawn:
         size: Tensor | float = settings.offset
+        if "offset_strength" in drawn:
+            size = settings.offset * drawn["offset_strength"]
         if settings.adaptive:
-            size = (settings.offset + settings.adaptive * latents.mean(dim=(2, 3), keepdim=True).abs()).clamp(min=0.0)
+            size = (size + settings.adaptive * latents.mean(dim=(2, 3), keepdim=True).abs()).clamp(min=0.0)
         noise = noise + drawn["offset"] * size
     if "pyramid" in drawn:
         noise = noise + drawn["pyramid"]

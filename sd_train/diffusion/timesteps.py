@@ -15,7 +15,7 @@ from sd_train.randomness import derive
 TimestepSampling = Literal["uniform", "logit_normal", "importance"]
 
 BINS = 20
-"""Equal parts of the timesteps that `Importance` keeps a loss for."""
+"""Equal parts of the timesteps that `Importance` keeps a loss for; of fewer timesteps each is a part."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Importance:
     """Timesteps in proportion to how large their losses are, weighted back so that the mean loss stays what it was.
 
     Nichol & Dhariwal 2021 ("Improved denoising diffusion probabilistic models", section 3.3): p is proportional to
-    sqrt(E[L^2]), here of each of `BINS` equal parts of the timesteps, as a moving average over the updates. Until every
+    sqrt(E[L^2]), here of each of `bins` equal parts of the timesteps, as a moving average over the updates. Until every
     part has been seen, all are alike.
     """
 
@@ -69,37 +69,41 @@ class Importance:
 
     def __init__(self, settings: TimestepSettings, steps: int, device: torch.device) -> None:
         self.low, self.high = settings.bounds(steps)
-        self.moments = torch.zeros(BINS, device=device)
-        self._squares, self._counts = torch.zeros(BINS, device=device), torch.zeros(BINS, device=device)
+        self.bins = min(BINS, self.high - self.low)
+        self.moments = torch.zeros(self.bins, device=device)
+        self._squares, self._counts = torch.zeros_like(self.moments), torch.zeros_like(self.moments)
+        self._parts = torch.arange(self.bins, device=device)
 
     def probabilities(self) -> Tensor:
-        """[BINS]: of each part, 1 in all."""
+        """[bins]: of each part, 1 in all."""
         roots = self.moments.sqrt()
         chosen = torch.where((roots > 0).all(), roots, torch.ones_like(roots))
-        return (1.0 - self.uniform) * chosen / chosen.sum() + self.uniform / BINS
+        return (1.0 - self.uniform) * chosen / chosen.sum() + self.uniform / self.bins
 
     def place(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """[B] uniform draws in [0, 1) -> [B] timesteps, int64, and [B], the weights of their losses."""
         p = self.probabilities()
         ends = p.cumsum(0)
-        part = torch.searchsorted(ends, share).clamp(max=BINS - 1)
+        part = torch.searchsorted(ends, share).clamp(max=self.bins - 1)
         inside = ((share - (ends[part] - p[part])) / p[part]).clamp(0.0, 1.0)
-        moved = self.low + ((part + inside) * ((self.high - self.low) / BINS)).long()
-        return moved.clamp(max=self.high - 1), 1.0 / (BINS * p[part])
+        moved = self.low + ((part + inside) * ((self.high - self.low) / self.bins)).long()
+        return moved.clamp(max=self.high - 1), 1.0 / (self.bins * p[part])
 
     def note(self, timesteps: Tensor, losses: Tensor, real: Tensor) -> None:
         """Take in [B] losses at [B] timesteps; `real` [B] is 0 for padding.
 
         Losses that are not finite are passed over: their updates are, too, and the average would never forget them.
         """
-        part = ((timesteps - self.low) * BINS // (self.high - self.low)).clamp(0, BINS - 1)
+        part = ((timesteps - self.low) * self.bins // (self.high - self.low)).clamp(0, self.bins - 1)
         squares = losses.detach().float().square()
         real = real * squares.isfinite()
-        self._squares.index_add_(0, part, torch.where(real > 0, squares, 0.0) * real)
-        self._counts.index_add_(0, part, real)
+        # Not index_add_, whose order of adding, and so whose last bit, a GPU chooses anew each time.
+        found = (part[:, None] == self._parts) * real[:, None]
+        self._squares += (found * torch.where(real > 0, squares, 0.0)[:, None]).sum(0)
+        self._counts += found.sum(0)
 
     def sums(self) -> Tensor:
-        """[2, BINS] of this update, to be summed over the ranks."""
+        """[2, bins] of this update, to be summed over the ranks."""
         return torch.stack([self._squares, self._counts])
 
     def end_update(self, sums: Tensor) -> None:
@@ -113,8 +117,9 @@ class Importance:
 
     def state(self) -> dict[str, list[float]]:
         """What a resume needs, as JSON values."""
-        return {"moments": self.moments.tolist()}
+        return {"moments": self.moments.tolist(), "bounds": [self.low, self.high]}
 
     def load(self, state: dict[str, list[float]]) -> None:
-        """Go on from `state`."""
-        self.moments.copy_(torch.tensor(state["moments"]))
+        """Go on from `state`; what it holds of other timesteps says nothing of these."""
+        if state["bounds"] == [self.low, self.high]:
+            self.moments.copy_(torch.tensor(state["moments"]))

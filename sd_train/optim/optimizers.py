@@ -136,15 +136,12 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
             raise ValueError("the first steps give values that are not finite")
 
 
-def shared_rates(name: str, rates: Sequence[float]) -> list[float]:
-    """The learning rate of each group as the optimizer takes them: one that takes a single rate uses the first for all.
-
-    Rates of 0 learn nothing and stay.
-    """
-    used = [rate for rate in rates if rate != 0]
-    if not used or not find_optimizer(name).one_rate:
-        return list(rates)
-    return [used[0] if rate else rate for rate in rates]
+def shared_rates(name: str, rates: Mapping[str, float]) -> dict[str, float]:
+    """The learning rate of each network as the optimizer takes them: one that takes a single rate uses the first for
+    all."""
+    if not rates or not find_optimizer(name).one_rate:
+        return dict(rates)
+    return dict.fromkeys(rates, next(iter(rates.values())))
 
 
 def make_optimizer(
@@ -168,8 +165,11 @@ def make_optimizer(
     # Every group has its own rate; Lion's decoupled weight decay also asks for the first one, which must be above 0.
     elif rates := [float(group["lr"]) for group in groups if group["lr"] > 0]:
         values["lr"] = rates[0]
+    # ASGD draws weights to zero by an argument of its own, which a group without weight decay must not have either.
+    undecayed = {"lambd": 0.0} if spec.name == "ASGD" else {}
+    chosen = [{**group, **(undecayed if group.get("weight_decay") == 0 else {})} for group in groups]
     with _refusing(spec, arguments):
-        optimizer = found([dict(group) for group in groups], **values)
+        optimizer = found(chosen, **values)
         if callable(train := getattr(optimizer, "train", None)):
             train()
         return optimizer

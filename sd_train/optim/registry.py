@@ -58,6 +58,8 @@ class OptimizerSpec:
 _ADAM = ("betas", "eps", "weight_decay", "amsgrad")
 _BNB: Mapping[str, Any] = {"package": "bitsandbytes", "syncs": True}
 _PAGED_ADAM = (*_ADAM, "min_8bit_size")
+_PLAIN_ADAM = ("betas", "eps", "weight_decay")
+"""bitsandbytes' classes of 32 bits take the others, too, and leave them without effect."""
 _D_ADAPTATION: Mapping[str, Any] = {
     "package": "dadaptation", "adapts_rate": True, "one_rate": True, "syncs": True, "fusible": False,
 }  # fmt: skip
@@ -98,10 +100,10 @@ _EIGHT_BIT = (
     OptimizerSpec("AdamW8bit", "bitsandbytes.optim:AdamW8bit", "AdamW with its state in 8 bits",
                   (*_ADAM, "min_8bit_size", "is_paged"), eight_bit=True, **_BNB),
     OptimizerSpec("PagedAdamW", "bitsandbytes.optim:PagedAdamW",
-                  "AdamW whose state goes to the computer's memory where the GPU's is full", _PAGED_ADAM, **_BNB),
+                  "AdamW whose state goes to the computer's memory where the GPU's is full", _PLAIN_ADAM, **_BNB),
     OptimizerSpec("PagedAdamW8bit", "bitsandbytes.optim:PagedAdamW8bit", "AdamW8bit, paged as PagedAdamW", _PAGED_ADAM,
                   eight_bit=True, **_BNB),
-    OptimizerSpec("PagedAdamW32bit", "bitsandbytes.optim:PagedAdamW32bit", "another name of PagedAdamW", _PAGED_ADAM,
+    OptimizerSpec("PagedAdamW32bit", "bitsandbytes.optim:PagedAdamW32bit", "another name of PagedAdamW", _PLAIN_ADAM,
                   **_BNB),
     OptimizerSpec("Lion8bit", "bitsandbytes.optim:Lion8bit", "Lion with its state in 8 bits",
                   ("betas", "weight_decay", "min_8bit_size", "is_paged"), eight_bit=True, **_BNB),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sd_train.errors import ConfigError
-from sd_train.optim.optimizers import chooses_rate, find_optimizer, needs_schedule, shared_rates
+from sd_train.optim.optimizers import chooses_rate, find_optimizer, needs_schedule
 
 if TYPE_CHECKING:
     from sd_train.config.options import RunConfig
@@ -18,6 +18,12 @@ RATES = (
     "block_lr",
 )  # fmt: skip
 """Options that set a learning rate."""
+
+NETWORK_RATES = (
+    "down_lr_weight", "mid_lr_weight", "up_lr_weight", "loraplus_lr_ratio", "loraplus_unet_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
+)  # fmt: skip
+"""`--network_args` that give parts of a network rates of their own."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,32 @@ def settle(config: RunConfig, rates: Mapping[str, float]) -> Settled:
             f"{_where(config, 'lr_warmup_steps')} = {config.optimizer.lr_warmup_steps}: {spec.name} divides by what "
             "its first update gives, and a warm-up begins at rate 0; leave the warm-up away, or choose DAdaptAdam"
         )
-    taken = shared_rates(config.optimizer.optimizer_type, list(rates.values()))
-    if taken != list(rates.values()):
-        firsts = {rate: role for role, rate in reversed(list(rates.items()))}
-        shown = ", ".join(f"{firsts[rate]} {rate:.12g}" for rate in dict.fromkeys(rates.values()))
-        notes.append(
-            f"{spec.name} takes one learning rate for all parameters: of those given ({shown}) only the first one is "
-            f"effective, {taken[0]:.12g} for all"
-        )
+    if spec.one_rate:
+        config = _with_one_rate(config, spec, rates, notes)
     return Settled(replace(config, optimizer=config.optimizer.model_copy(update=changes)), tuple(notes))
+
+
+def _with_one_rate(config: RunConfig, spec: OptimizerSpec, rates: Mapping[str, float], notes: list[str]) -> RunConfig:
+    """`config` with the first rate for every block that learns; which of several rates counts is noted."""
+    blocks = tuple(rate for rate in config.full.block_lr or () if rate)
+    if blocks:
+        rates = {**rates, "unet": blocks[0]}
+        own = tuple(blocks[0] if rate else 0.0 for rate in config.full.block_lr or ())
+        config = replace(config, full=config.full.model_copy(update={"block_lr": own}))
+    takes = f"{spec.name} takes one learning rate for all parameters"
+    given = [*rates.items(), *(("a block", rate) for rate in blocks)]
+    firsts = {rate: role for role, rate in reversed(given)}
+    if len(firsts) > 1:
+        shown = ", ".join(f"{firsts[rate]} {rate:.12g}" for rate in dict.fromkeys(rate for _, rate in given))
+        notes.append(
+            f"{takes}: of those given ({shown}) only the first one is effective, {given[0][1]:.12g} for all"
+        )
+    if apart := [name for name in NETWORK_RATES if name in config.network.network_args]:
+        notes.append(
+            f"{_where(config, 'network_args')}: {', '.join(apart)}: {takes}: they change no rate (blocks of weight 0 "
+            "still get no modules)"
+        )
+    return config
 
 
 def _adafactor_arguments(config: RunConfig, arguments: dict[str, Any], notes: list[str]) -> dict[str, Any]:

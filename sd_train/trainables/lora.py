@@ -19,7 +19,7 @@ from sd_train.trainables.base import ParamGroup
 from sd_train.trainables.files import write_weights
 from sd_train.trainables.lora_layout import Layout, Size, block_number
 from sd_train.trainables.lora_norms import Factors, scale_down
-from sd_train.trainables.lora_weights import describe_network, differences, kind_of, of_kinds
+from sd_train.trainables.lora_weights import describe_network, kind_of, of_kinds, put_weights
 from sd_train.types import Batch, Update
 
 GROUP_NAMES = {"text_encoder": "textencoder", "text_encoder_2": "textencoder2", "unet": "unet"}
@@ -244,15 +244,7 @@ class Lora:
         Raises:
             ModelError: if names (when `strict`), shapes or alphas differ.
         """
-        ours = self.tensors()
-        problems = differences(ours, tensors, strict)
-        if problems:
-            shown = "".join(f"\n  - {problem}" for problem in problems[:5])
-            raise ModelError(f"{len(problems)} differences between the LoRA weights and this configuration:{shown}")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                if name in ours and not name.endswith(".alpha"):
-                    ours[name].copy_(tensor)
+        put_weights(self.tensors(), tensors, strict)
 
     def after_step(self) -> None:
         """Scale modules down whose change has become too large, if that was asked for."""

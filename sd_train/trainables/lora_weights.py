@@ -1,11 +1,16 @@
-"""LoRA weights that a training starts from: whether they fit what it builds."""
+"""Weights that a network starts from: whether they fit what is built, and how they get there."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
+
+from sd_train.errors import ModelError
+
+_ROUNDED = 1e-2
+"""Relative: files in bfloat16 round their constants to eight bits."""
 
 
 def describe_network(tensors: Mapping[str, Tensor]) -> str:
@@ -33,8 +38,33 @@ def kind_of(name: str) -> str:
     return "_".join(name.split("_")[:2])
 
 
-def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], strict: bool) -> list[str]:
-    """What keeps `theirs` from being put into `ours`, a sentence each; `strict`: names must be the same."""
+def put_weights(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], strict: bool, constants: tuple[str, ...] = (".alpha",)
+) -> None:
+    """Copy `theirs` into `ours`, the live weights of a network.
+
+    Args:
+        ours: live weights, and constants, by name.
+        theirs: what is put in their place.
+        strict: whether the names must be the same; otherwise names of only one side are passed over.
+        constants: endings of the names of what is compared and not copied.
+
+    Raises:
+        ModelError: if names (when `strict`), shapes or constants differ.
+    """
+    problems = _differences(ours, theirs, strict, constants)
+    if problems:
+        shown = "".join(f"\n  - {problem}" for problem in problems[:5])
+        raise ModelError(f"{len(problems)} differences between the weights and this configuration:{shown}")
+    with torch.no_grad():
+        for name, tensor in theirs.items():
+            if name in ours and not name.endswith(constants):
+                ours[name].copy_(tensor)
+
+
+def _differences(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], strict: bool, constants: tuple[str, ...]
+) -> list[str]:
     problems = []
     if strict:
         problems += [f"{name} is missing" for name in ours if name not in theirs]
@@ -44,7 +74,9 @@ def differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], strict
             continue
         if ours[name].shape != tensor.shape:
             expected, found = tuple(ours[name].shape), tuple(tensor.shape)
-            problems.append(f"{name} has shape {found}, --network_dim makes it {expected}")
-        elif name.endswith(".alpha") and not math.isclose(float(ours[name]), float(tensor), rel_tol=1e-3):
-            problems.append(f"{name} is {float(tensor):g}, --network_alpha is {float(ours[name]):g}")
+            made = "--network_dim makes it" if ".lora_" in name else "this network has"
+            problems.append(f"{name} has shape {found}, {made} {expected}")
+        elif name.endswith(constants) and not torch.allclose(ours[name].float(), tensor.cpu().float(), rtol=_ROUNDED):
+            given = "--network_alpha is" if name.endswith(".alpha") else "this network has"
+            problems.append(f"{name} is {float(tensor):g}, {given} {float(ours[name]):g}")
     return problems

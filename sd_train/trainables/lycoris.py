@@ -16,6 +16,7 @@ from sd_train.families.base import Family
 from sd_train.trainables.base import ParamGroup
 from sd_train.trainables.files import write_weights
 from sd_train.trainables.lora import GROUP_NAMES
+from sd_train.trainables.lora_weights import kind_of, put_weights
 from sd_train.trainables.lycoris_files import from_file, to_file
 from sd_train.trainables.lycoris_module import LycorisModule, Switches
 from sd_train.trainables.lycoris_targets import norms_of, targets_of
@@ -77,8 +78,8 @@ class Lycoris:
 
     def _begin(self, start: Mapping[str, Tensor]) -> None:
         # "lora_unet", "lora_te", "lora_te1" or "lora_te2": those of a network that is not trained are left out.
-        kinds = {_network_of(key) for key in self._all()}
-        chosen = {name: tensor for name, tensor in start.items() if _network_of(name) in kinds}
+        kinds = {kind_of(key) for key in self._all()}
+        chosen = {name: tensor for name, tensor in start.items() if kind_of(name) in kinds}
         try:
             self.load(from_file(chosen, self.tensors()))
         except ModelError as problem:
@@ -166,15 +167,7 @@ class Lycoris:
         Raises:
             ModelError: if names (when `strict`), shapes or constants differ.
         """
-        ours = self.tensors()
-        problems = _differences(ours, tensors, strict)
-        if problems:
-            shown = "".join(f"\n  - {problem}" for problem in problems[:5])
-            raise ModelError(f"{len(problems)} differences between the weights and this configuration:{shown}")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                if name in ours and not name.endswith(_CONSTANTS):
-                    ours[name].copy_(tensor)
+        put_weights(self.tensors(), tensors, strict, _CONSTANTS)
 
     def after_step(self) -> None:
         """Keep every module's change within the norm that was asked for."""
@@ -192,22 +185,3 @@ class Lycoris:
         chosen = self.file_tensors(self.tensors() if tensors is None else tensors)
         written = {name: tensor.to(precision) for name, tensor in chosen.items() if tensor.is_floating_point()}
         write_weights(path, chosen | written, metadata)
-
-
-def _network_of(name: str) -> str:
-    return "_".join(name.split("_")[:2])
-
-
-def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], strict: bool) -> list[str]:
-    problems = []
-    if strict:
-        problems += [f"{name} is missing" for name in ours if name not in theirs]
-        problems += [f"{name} is not part of this network" for name in theirs if name not in ours]
-    for name, tensor in theirs.items():
-        if name not in ours:
-            continue
-        if ours[name].shape != tensor.shape:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, this network {tuple(ours[name].shape)}")
-        elif name.endswith(_CONSTANTS) and not torch.allclose(ours[name].float(), tensor.cpu().float(), rtol=1e-2):
-            problems.append(f"{name} is {float(tensor):g}, this network has {float(ours[name]):g}")
-    return problems
