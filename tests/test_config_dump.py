@@ -28,7 +28,8 @@ RULED = {  # options that rules between options or the file system restrict
     "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk", "log_tracker_config", "log_tracker_name",
     "huggingface_repo_id", "huggingface_path_in_repo", "wandb_api_key", "huggingface_token",
     "base_weights", "weights", "save_model_as",
-    "dim_from_weights", "network_module", "prior_preservation", "scale_v_pred_loss_like_noise_pred", "stop_text_encoder_training", "token_string",
+    "dim_from_weights", "network_module", "prior_preservation", "scale_v_pred_loss_like_noise_pred",
+    "stop_text_encoder_training", "token_string",
     "adaptive_noise_scale", "min_timestep", "max_timestep", "min_snr_gamma",
 }  # fmt: skip
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
