@@ -36,16 +36,21 @@ Groups = Sequence[Mapping[str, Any]]
 
 
 class MuonBesideAdamW:
-    """The two optimizers that ours is made of, as they are used alone."""
+    """The two optimizers that ours is made of, as they are used alone; convolutions as matrices that share memory."""
 
     def __init__(self, groups: Groups) -> None:
         same = {"lr": 0.01, **DECAY}
-        matrices = [{**g, "params": [p for p in g["params"] if p.ndim == 2]} for g in groups]
-        others = [{**g, "params": [p for p in g["params"] if p.ndim != 2]} for g in groups]
-        muon = optim.Muon([g for g in matrices if g["params"]], adjust_lr_fn="match_rms_adamw", **same)
+        self.weights = [p for g in groups for p in g["params"] if p.ndim > 1]
+        self.matrices = [nn.Parameter(p.detach().flatten(1)) for p in self.weights]
+        places = {id(p): matrix for p, matrix in zip(self.weights, self.matrices, strict=True)}
+        wide = [{**g, "params": [places[id(p)] for p in g["params"] if p.ndim > 1]} for g in groups]
+        others = [{**g, "params": [p for p in g["params"] if p.ndim <= 1]} for g in groups]
+        muon = optim.Muon([g for g in wide if g["params"]], adjust_lr_fn="match_rms_adamw", **same)
         self.both = muon, optim.AdamW([g for g in others if g["params"]], **same)
 
     def step(self) -> None:
+        for weight, matrix in zip(self.weights, self.matrices, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         for optimizer in self.both:
             optimizer.step()
 

@@ -387,12 +387,28 @@ def test_states_with_anything_in_them(tmp_path: Path) -> None:
 
 
 def test_muon_without_matrices_and_with_nothing_else() -> None:
-    for shape, kind in (((3, 4), "momentum_buffer"), ((5,), "exp_avg"), ((2, 2, 3, 3), "exp_avg")):
+    kinds = {(3, 4): "momentum_buffer", (5,): "exp_avg", (2, 2, 3, 3): "momentum_buffer", (10_000, 2): "exp_avg"}
+    for shape, kind in kinds.items():
         parameter = nn.Parameter(torch.ones(shape))
         optimizer = make_optimizer("muon", [{"params": [parameter], "lr": 0.1}], {})
         parameter.grad = torch.ones(shape)
         assert optimizer.step(lambda: 3.0) == 3.0
         assert kind in optimizer.state[parameter]
+
+
+def test_muon_steps_a_convolution_the_same_in_every_memory_layout() -> None:
+    generator = torch.Generator().manual_seed(3)
+    start, gradient = (torch.randn(8, 4, 3, 3, generator=generator) for _ in range(2))
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        parameter = nn.Parameter(start.clone(memory_format=layout))
+        optimizer = make_optimizer("muon", [{"params": [parameter], "lr": 0.1}], {})
+        for _ in range(3):
+            parameter.grad = gradient.clone(memory_format=layout)
+            optimizer.step()
+        results.append(parameter.detach())
+    assert (results[0] - start).abs().max() > 0.01
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)  # Muon's iterations are in bfloat16
 
 
 def test_the_list_of_optimizers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ _TORCH = (
     OptimizerSpec("SGDNesterov", "torch.optim:SGD", "gradient descent with Nesterov's momentum of 0.9",
                   ("momentum", "dampening", "weight_decay", "nesterov", "foreach", "fused"), defaults=_NESTEROV),
     OptimizerSpec("Muon", "sd_train.optim.muon:MuonWithAdamW",
-                  "orthogonal momentum for 2-D matrices (Jordan 2024), AdamW for the rest; AdamW's rate; torch 2.9",
+                  "orthogonal momentum of layers' weights (Jordan 2024), AdamW for the rest; AdamW's rate; torch 2.9",
                   ("weight_decay", "momentum", "nesterov", "ns_steps", "adjust_lr_fn", "betas"),
                   aliases=("torch.optim.Muon",)),
     OptimizerSpec("Adadelta", "torch.optim:Adadelta", "steps as large as earlier ones (Zeiler 2012); rate 1.0",
