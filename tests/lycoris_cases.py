@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sd_train.config.lycoris_args import NETWORK_OPTIONS, LycorisArgs, check_lycoris, read_lycoris
 from sd_train.config.values import parse_arguments
-from sd_train.demo.tiny_model import TinyKind, make_tiny_parts, tiny_configs
+from sd_train.demo.tiny_model import TinyKind
 from sd_train.errors import Problems
 from sd_train.families.latent import LatentDiffusion
 from sd_train.families.parts import ModelParts
@@ -20,7 +20,7 @@ from sd_train.families.saving import save_model
 from sd_train.trainables.lycoris import Lycoris, LycorisSettings
 from sd_train.trainables.lycoris_module import LycorisModule
 from sd_train.types import Batch, Geometry, Update
-from tests.models import fresh_tiny
+from tests.models import fresh_tiny, small_parts
 
 CASES = [
     "lora use_tucker=True", "lora use_scalar=True train_norm=True", "dora wd_on_output=False", "lora rs_lora=True",
@@ -30,20 +30,6 @@ CASES = [
     "oft constraint=0.001", "boft rescaled=True constraint=0.001",
 ]  # fmt: skip
 """The algorithm, and what changes how it is computed."""
-
-
-@cache
-def small_parts(kind: TinyKind = "sd1") -> ModelParts:
-    """A model of every kind of module, and of few of each."""
-    configs = tiny_configs(kind)
-    if kind == "sd1":
-        configs["unet"] |= {
-            "block_out_channels": [32, 64], "layers_per_block": 1,
-            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        }  # fmt: skip
-        configs["text_encoder"] |= {"num_hidden_layers": 1}
-    return make_tiny_parts(kind, 7, configs)
 
 
 def made(parts: ModelParts) -> LatentDiffusion:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_train.demo.tiny_model import KINDS, TinyKind, make_tiny_parts, save_tiny_model, tiny_configs
+from sd_train.demo.tiny_model import KINDS, TinyKind, make_tiny_parts, tiny_configs
 from sd_train.families.latent import LatentDiffusion
 from sd_train.families.parts import ModelParts, ModelRequest, Part, read_model
 from sd_train.families.registry import make_family
@@ -33,14 +33,21 @@ def golden(name: str) -> Any:
 def write_file(folder: Path, kind: TinyKind = "sd1") -> Path:
     """The tiny model as one `.safetensors` in half precision."""
     path = folder / f"tiny_{kind}.safetensors"
-    save_tiny_model(path, SEED, kind)
+    save_model(path, _made(kind), "safetensors", torch.float16, {})
+    return path
+
+
+def write_small_file(folder: Path, kind: TinyKind = "sd1") -> Path:
+    """The model of `small_parts` as one `.safetensors` in half precision."""
+    path = folder / f"small_{kind}.safetensors"
+    save_model(path, small_parts(kind), "safetensors", torch.float16, {})
     return path
 
 
 def write_folder(folder: Path, kind: TinyKind = "sd1") -> Path:
     """The tiny model as a diffusers folder in float32."""
     path = folder / f"tiny_{kind}_folder"
-    save_tiny_model(path, SEED, kind)
+    save_model(path, _made(kind), "diffusers_safetensors")
     return path
 
 
@@ -55,6 +62,23 @@ def write_ckpt(path: Path, tensors: dict[str, Tensor], *, zipped: bool = True) -
 @cache
 def _made(kind: TinyKind) -> ModelParts:
     return make_tiny_parts(kind, SEED)
+
+
+@cache
+def small_parts(kind: TinyKind = "sd1", zero_terminal_snr: bool = False) -> ModelParts:
+    """A model of every kind of module, and of few of each; SDXL's is the tiny one."""
+    configs = tiny_configs(kind)
+    if kind != "sdxl":
+        heads = configs["unet"]["attention_head_dim"]
+        configs["unet"] |= {
+            "block_out_channels": [32, 64], "layers_per_block": 1,
+            "attention_head_dim": heads if isinstance(heads, int) else heads[:2],
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        }  # fmt: skip
+        # Stable Diffusion 2.x reads the last layer but one.
+        configs["text_encoder"] |= {"num_hidden_layers": 1 if kind == "sd1" else 2}
+    return make_tiny_parts(kind, SEED, configs, zero_terminal_snr)
 
 
 def tiny_parts(kind: TinyKind = "sd1", **changes: Any) -> ModelParts:

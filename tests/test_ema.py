@@ -79,16 +79,16 @@ AVERAGED = f"{EMA} --learning_rate 1e-2 --network_dropout 0.1 --max_train_steps 
 
 
 @pytest.fixture(scope="module")
-def averaged(tiny_model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def averaged(small_model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run."""
-    return train(tiny_model, photos, tmp_path_factory.mktemp("averaged"), AVERAGED).parent
+    return train(small_model, photos, tmp_path_factory.mktemp("averaged"), AVERAGED).parent
 
 
 def test_a_run_saves_what_its_saves_average_to(
-    tiny_model: Path, photos: Path, averaged: Path, tmp_path: Path
+    small_model: Path, photos: Path, averaged: Path, tmp_path: Path
 ) -> None:
     last = averaged / "lora.safetensors"
-    plain = train(tiny_model, photos, tmp_path, AVERAGED.removeprefix(EMA))
+    plain = train(small_model, photos, tmp_path, AVERAGED.removeprefix(EMA))
     # It is in the way of nothing.
     assert differences(last, plain) == []
     assert metadata(last) == metadata(plain)
@@ -109,25 +109,25 @@ def test_a_run_saves_what_its_saves_average_to(
     hashes = ("sshs_model_hash", "sshs_legacy_hash")
     assert metadata(final, "ss_ema_decay", *hashes) == metadata(last, *hashes)
     # Whatever reads the one reads the other.
-    assert fixed_noise_loss(tiny_model, photos, final) != fixed_noise_loss(tiny_model, photos, last)
+    assert fixed_noise_loss(small_model, photos, final) != fixed_noise_loss(small_model, photos, last)
 
 
 def test_it_is_resumed_to_the_bit_and_may_lie_elsewhere(
-    tiny_model: Path, photos: Path, averaged: Path, tmp_path: Path
+    small_model: Path, photos: Path, averaged: Path, tmp_path: Path
 ) -> None:
     state = averaged / "lora-step00000002-state"
     assert json.loads((state / "progress.json").read_text())["extras"]["ema"] == {"updates": 2}
-    train(tiny_model, photos, tmp_path, f"{AVERAGED} --ema_device cpu --resume {state}")
+    train(small_model, photos, tmp_path, f"{AVERAGED} --ema_device cpu --resume {state}")
     for name in ("lora.safetensors", "lora-ema.safetensors", "lora-step00000003-ema.safetensors"):
         assert differences(averaged / name, tmp_path / name) == []
 
 
 def test_a_run_goes_on_without_it_and_with_it_again(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tiny_model, photos, tmp_path, "--max_train_steps 1 --save_state")
+    train(small_model, photos, tmp_path, "--max_train_steps 1 --save_state")
     capsys.readouterr()
-    train(tiny_model, photos, tmp_path, f"--max_train_steps 2 --save_state --resume latest {EMA}")
+    train(small_model, photos, tmp_path, f"--max_train_steps 2 --save_state --resume latest {EMA}")
     said = capsys.readouterr().err
     assert "the state holds no moving average: it begins with the weights as they stand" in said
     assert "use_ema: False -> True" in said
@@ -135,18 +135,18 @@ def test_a_run_goes_on_without_it_and_with_it_again(
     assert differences(tmp_path / "lora.safetensors", tmp_path / "lora-ema.safetensors") == []
     kept = json.loads((tmp_path / "lora-state" / "progress.json").read_text())["extras"]["ema"]
     assert kept == {"updates": 1}
-    train(tiny_model, photos, tmp_path, "--max_train_steps 3 --save_state --resume latest")
+    train(small_model, photos, tmp_path, "--max_train_steps 3 --save_state --resume latest")
     assert "use_ema: True -> False" in capsys.readouterr().err
     assert not (tmp_path / "lora-state" / "ema.safetensors").exists()
 
 
 def test_previews_with_the_average_change_no_weight(
-    tiny_model: Path, photos: Path, averaged: Path, tmp_path: Path
+    small_model: Path, photos: Path, averaged: Path, tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cup --w 64 --h 64 --s 2 --d 1\n")
     shown = f"{AVERAGED} --sample_ema --sample_prompts {prompts} --sample_every_n_steps"
-    train(tiny_model, photos, tmp_path / "shown", f"{shown} 2")
+    train(small_model, photos, tmp_path / "shown", f"{shown} 2")
     for file in ("lora.safetensors", "lora-ema.safetensors"):
         assert differences(averaged / file, tmp_path / "shown" / file) == []
     drawn = sorted((tmp_path / "shown" / "sample").glob("*.png"))
@@ -154,7 +154,7 @@ def test_previews_with_the_average_change_no_weight(
     same = {}
     for file in ("lora.safetensors", "lora-ema.safetensors"):
         start = f"--network_weights {averaged / file} --max_train_steps 1 --sample_at_first --sample_prompts {prompts}"
-        train(tiny_model, photos, tmp_path / file, start)
+        train(small_model, photos, tmp_path / file, start)
         (first,) = (tmp_path / file / "sample").glob("*.png")
         same[file] = Image.open(first).tobytes() == Image.open(drawn[-1]).tobytes()
     assert same == {"lora.safetensors": False, "lora-ema.safetensors": True}
@@ -176,22 +176,22 @@ def test_diffusers_reads_its_own_format(tiny_model: Path, photos: Path, tmp_path
 
 
 def test_plan_lists_it_and_overwrite_removes_it(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = f"{EMA} --max_train_steps 2 --save_every_n_steps 1 --save_state"
-    arguments = words(tiny_model, photos, tmp_path, more)
+    arguments = words(small_model, photos, tmp_path, more)
     assert sd_train(["plan", "train_network", "--json", *arguments]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert sd_train(["plan", "train_network", *arguments]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"lora-step00000001.safetensors after .* state, and lora-step00000001-ema.safetensors\n", shown)
-    train(tiny_model, photos, tmp_path, more)
+    train(small_model, photos, tmp_path, more)
     written = {str(path) for path in tmp_path.glob("*.safetensors")}
     listed = {save[key] for save in planned["checkpoints"] for key in ("path", "average")}
     assert written == listed
     used = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert planned["disk_bytes"] == pytest.approx(used, rel=0.35)
-    train(tiny_model, photos, tmp_path, "--max_train_steps 1 --overwrite")
+    train(small_model, photos, tmp_path, "--max_train_steps 1 --overwrite")
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["lora.safetensors"]
 
 
@@ -210,16 +210,16 @@ def test_later_averages_are_recognised() -> None:
     ],
 )
 def test_options_without_effect_are_told_of(
-    tiny_model: Path, photos: Path, tmp_path: Path, more: str, told: str
+    small_model: Path, photos: Path, tmp_path: Path, more: str, told: str
 ) -> None:
-    loaded = load_run_config("train_network", words(tiny_model, photos, tmp_path, more), {})
+    loaded = load_run_config("train_network", words(small_model, photos, tmp_path, more), {})
     assert told in loaded.warnings
 
 
 def test_previews_that_are_never_made_are_told_of(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sd_train(["plan", "train_network", *words(tiny_model, photos, tmp_path, f"{EMA} --sample_ema")]) == 0
+    assert sd_train(["plan", "train_network", *words(small_model, photos, tmp_path, f"{EMA} --sample_ema")]) == 0
     assert "--sample_ema has no effect: no sample pictures are made" in capsys.readouterr().err
 
 
@@ -260,9 +260,9 @@ def first_loss(run: str, model: Path, photos: Path, folder: Path, mask: str = "a
 
 
 @pytest.fixture(scope="module")
-def unmasked(tiny_model: Path, masked: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+def unmasked(small_model: Path, masked: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     """The first loss without masks."""
-    return first_loss("train_network", tiny_model, masked, tmp_path_factory.mktemp("unmasked"), "")
+    return first_loss("train_network", small_model, masked, tmp_path_factory.mktemp("unmasked"), "")
 
 
 @pytest.fixture(scope="module")
@@ -273,9 +273,9 @@ def losses() -> list[float]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_every_command_saves_an_average_and_takes_masks(
-    tiny_model: Path, masked: Path, unmasked: float, losses: list[float], tmp_path: Path, run: str
+    small_model: Path, masked: Path, unmasked: float, losses: list[float], tmp_path: Path, run: str
 ) -> None:
-    loss = first_loss(run, tiny_model, masked, tmp_path)
+    loss = first_loss(run, small_model, masked, tmp_path)
     assert abs(loss - unmasked) > 1e-3
     # Nothing has changed the model before the first update, whatever will; only a new word reads otherwise.
     if run != "train_textual_inversion":

@@ -27,7 +27,7 @@ from sd_train.families.text import TextOptions
 from sd_train.objectives.denoise import Denoise
 from sd_train.trainables.full import Full, FullSettings
 from sd_train.types import Batch, Geometry
-from tests.models import fresh_tiny, golden, load, tiny_parts, write_file
+from tests.models import assert_equal_tensors, fresh_tiny, golden, load, tiny_parts, write_file
 
 CPU = torch.device("cpu")
 ALL_RATES = {"unet": 1e-3, "text_encoder": 1e-4, "text_encoder_2": 1e-5}
@@ -230,7 +230,7 @@ def test_a_source_that_is_no_more_loses_no_training(
     assert "cannot be read again" in caplog.text
     again = load(tmp_path / "saved.safetensors")
     for role in ("unet", "vae", "text_encoder"):
-        assert all(torch.equal(again.tensors(role)[name], t) for name, t in family.tensors(role).items())
+        assert_equal_tensors(again.tensors(role), family.tensors(role))
 
 
 def test_sizes_are_those_of_the_saved_file(tmp_path: Path) -> None:

@@ -64,11 +64,11 @@ def test_a_batch_is_that_of_diffusers(kind: TinyKind) -> None:
 
 
 def test_pictures_do_not_depend_on_the_batch_and_missing_ones_are_drawn_again(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ones, twos = tmp_path / "ones", tmp_path / "twos"
-    assert draw(tiny_model, ones, "--num_images", "4", "--seed", "11") == 0
-    assert draw(tiny_model, twos, "--num_images", "3", "--seed", "11", "--batch_size", "2", "--captions", "txt") == 0
+    assert draw(small_model, ones, "--num_images", "4", "--seed", "11") == 0
+    assert draw(small_model, twos, "--num_images", "3", "--seed", "11", "--batch_size", "2", "--captions", "txt") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed == [*(str(ones / f"0000{n}.png") for n in range(4)), *(str(twos / f"0000{n}.png") for n in range(3))]
     for number in range(3):
@@ -83,7 +83,7 @@ def test_pictures_do_not_depend_on_the_batch_and_missing_ones_are_drawn_again(
     before = tree(twos)
     (twos / "00001.png").unlink()
     (twos / "00002.txt").write_text("my own words")
-    assert draw(tiny_model, twos, "--num_images", "4", "--seed", "11", "--batch_size", "2", "--captions", "txt") == 0
+    assert draw(small_model, twos, "--num_images", "4", "--seed", "11", "--batch_size", "2", "--captions", "txt") == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [str(twos / "00001.png"), str(twos / "00003.png")]
     assert "2 pictures are there already" in said.err
@@ -95,7 +95,7 @@ def test_pictures_do_not_depend_on_the_batch_and_missing_ones_are_drawn_again(
     assert np.abs(picture(ones / "00003.png") - picture(twos / "00003.png")).max() <= 1
 
     # All are there: nothing is loaded, and fewer are no reason to delete some.
-    assert draw(tiny_model, twos, "--num_images", "2", "--seed", "11") == 0
+    assert draw(small_model, twos, "--num_images", "2", "--seed", "11") == 0
     said = capsys.readouterr()
     assert said.out == ""
     assert "loading" not in said.err
@@ -112,12 +112,12 @@ def test_pictures_do_not_depend_on_the_batch_and_missing_ones_are_drawn_again(
     ],
 )
 def test_other_pictures_are_not_mixed_in(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], text: str, told: str
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], text: str, told: str
 ) -> None:
-    assert draw(tiny_model, tmp_path / "reg", "--num_images", "1") == 0
+    assert draw(small_model, tmp_path / "reg", "--num_images", "1") == 0
     before = tree(tmp_path / "reg")
     capsys.readouterr()
-    assert draw(tiny_model, tmp_path / "reg", "--num_images", "2", *more, text=text) == 2
+    assert draw(small_model, tmp_path / "reg", "--num_images", "2", *more, text=text) == 2
     assert f"error: --output_dir = {tmp_path / 'reg'}: 00000.png was drawn otherwise {told}" in capsys.readouterr().err
     assert tree(tmp_path / "reg") == before
 
@@ -130,25 +130,25 @@ def test_another_model_is_not_mixed_in(tiny_model: Path, tmp_path: Path, capsys:
 
 @pytest.mark.parametrize(("content", "told"), [(b"no picture", "is no picture"), (None, "does not say how it was")])
 def test_foreign_pictures_of_our_names_are_refused(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, told: str
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, told: str
 ) -> None:
     path = tmp_path / "00007.png"
     Image.new("RGB", (64, 64)).save(path) if content is None else path.write_bytes(content)
     before = path.read_bytes()
-    assert draw(tiny_model, tmp_path, "--num_images", "1") == 2
+    assert draw(small_model, tmp_path, "--num_images", "1") == 2
     assert f"00007.png {told}" in capsys.readouterr().err
     assert tree(tmp_path) == {path.name: before}
 
 
-def test_what_it_prints_is_a_dataset(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_prints_is_a_dataset(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "reg" / "1_dog"
     folder.mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(folder / "mine.jpg")
-    assert draw(tiny_model, folder, "--num_images", "2", "--mixed_precision", "bf16") == 2
+    assert draw(small_model, folder, "--num_images", "2", "--mixed_precision", "bf16") == 2
     assert "holds 1 other images (mine.jpg)" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["mine.jpg"]
     (folder / "mine.jpg").unlink()
-    assert draw(tiny_model, folder, "--num_images", "2", "--mixed_precision", "bf16") == 0
+    assert draw(small_model, folder, "--num_images", "2", "--mixed_precision", "bf16") == 0
     said = capsys.readouterr().err
     assert f'--reg_data_dir "{tmp_path / "reg"}"' in said
     told = said[said.index("  [[datasets.subsets]]") : said.index("without a dataset file")]
@@ -156,7 +156,7 @@ def test_what_it_prints_is_a_dataset(tiny_model: Path, tmp_path: Path, capsys: p
         {"image_dir": str(folder), "is_reg": True, "class_tokens": CLASS}
     ]
     dataset = write_dataset(tmp_path / "d.toml", subset=told)
-    assert train_network(words(tiny_model, dataset, tmp_path / "out", "--max_train_steps 2")) == 0
+    assert train_network(words(small_model, dataset, tmp_path / "out", "--max_train_steps 2")) == 0
     assert "6 to learn, 6 regularisation" in capsys.readouterr().out
 
 
@@ -175,9 +175,9 @@ def test_what_it_prints_is_a_dataset(tiny_model: Path, tmp_path: Path, capsys: p
     ],
 )
 def test_bad_options_are_told_of(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], told: str
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], told: str
 ) -> None:
-    assert draw(tiny_model, tmp_path / "reg", *more) == 2
+    assert draw(small_model, tmp_path / "reg", *more) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "reg").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,9 @@ from safetensors import safe_open
 from sd_train.__main__ import main
 from sd_train.config.catalogue import options
 from sd_train.config.options import GROUPS
-from sd_train.demo.tiny_model import make_tiny_parts
 from sd_train.families.published import scheduler_config
 from sd_train.families.saving import save_model
-from tests.models import SEED, load, tiny_parts, write_file
+from tests.models import load, small_parts, write_small_file
 from tests.runs import PHOTOS, differences, metadata, train, tree, words, write_dataset
 
 SHORT = "--max_train_steps 1 --cache_latents --network_train_unet_only"
@@ -62,15 +62,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_file(tmp_path_factory.mktemp("v"), "sd2-v")
+    return write_small_file(tmp_path_factory.mktemp("v"), "sd2-v")
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What an update leaves, with each option and its switch alone."""
+def trained(small_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What an update leaves, with each option and its switch alone; the pictures are encoded once for all."""
     folder = tmp_path_factory.mktemp("trained")
+    short = f"{SHORT} --cache_latents_to_disk --cache_dir {folder / 'cache'}"
     return {
-        name: train(tiny_model, dataset, folder / (name or "plain"), f"{SHORT} {more}")
+        name: train(small_model, dataset, folder / (name or "plain"), f"{short} {more}")
         for name, more in {"": "", **OPTIONS}.items()
     }
 
@@ -87,15 +88,15 @@ def test_every_option_belongs_to_every_command_and_changes_what_is_learned(train
 
 
 @pytest.mark.parametrize("name", TOGETHER)
-def test_runs_repeat_and_resume_to_the_bit(name: str, tiny_model: Path, dataset: Path, tmp_path: Path) -> None:
+def test_runs_repeat_and_resume_to_the_bit(name: str, small_model: Path, dataset: Path, tmp_path: Path) -> None:
     more = f"--max_train_steps 4 --network_train_unet_only --gradient_accumulation_steps 2 {TOGETHER[name]}"
-    whole = train(tiny_model, dataset, tmp_path / "whole", f"{more} --save_every_n_steps 2 --save_state")
+    whole = train(small_model, dataset, tmp_path / "whole", f"{more} --save_every_n_steps 2 --save_state")
     state = tmp_path / "whole" / "lora-step00000002-state"
     extras = json.loads((state / "progress.json").read_text())["extras"]
     assert ("importance" in extras) == (name == "importance")
     if name == "importance":
         assert sum(moment > 0 for moment in extras["importance"]["moments"]) >= 4
-    rest = train(tiny_model, dataset, tmp_path / "rest", f"{more} --resume {state}")
+    rest = train(small_model, dataset, tmp_path / "rest", f"{more} --resume {state}")
     assert differences(whole, rest) == []
     assert metadata(whole, "ss_output_name") == metadata(rest, "ss_output_name")
 
@@ -117,11 +118,11 @@ def other_command(command: str, model: Path, folder: Path, output: Path, more: s
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_options_count_in_every_command(command: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_options_count_in_every_command(command: str, small_model: Path, tmp_path: Path) -> None:
     files = []
     # Which of them counts where is the objective's matter, the same in all commands.
     for name, more in {"plain": "", **TOGETHER}.items():
-        assert other_command(command, tiny_model, tmp_path, tmp_path / name, f"--max_train_steps 1 {more}") == 0
+        assert other_command(command, small_model, tmp_path, tmp_path / name, f"--max_train_steps 1 {more}") == 0
         files.append(tmp_path / name / "out.safetensors")
     assert all(differences(one, other) for number, one in enumerate(files) for other in files[:number])
 
@@ -131,7 +132,7 @@ def test_zero_terminal_snr_makes_a_model_that_is_read_as_such(
 ) -> None:
     """The flag is the same as a model that has the mark, down to previews; and what is saved has it."""
     marked = tmp_path / "marked.safetensors"
-    save_model(marked, make_tiny_parts("sd2-v", SEED, zero_terminal_snr=True), "safetensors", torch.float16, {})
+    save_model(marked, small_parts("sd2-v", zero_terminal_snr=True), "safetensors", torch.float16, {})
     (tmp_path / "prompts.txt").write_text("a cup --w 64 --h 64 --s 3 --d 1\n")
     more = f"{SHORT.replace('1', '2')} --sample_prompts {tmp_path / 'prompts.txt'} --sample_at_first"
     more += " --sample_every_n_steps 2"
@@ -179,10 +180,10 @@ def test_zero_terminal_snr_makes_a_model_that_is_read_as_such(
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_the_training(
-    v: bool, more: str, said: str, tiny_model: Path, v_model: Path, dataset: Path, tmp_path: Path,
+    v: bool, more: str, said: str, small_model: Path, v_model: Path, dataset: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    model = v_model if v else tiny_model
+    model = v_model if v else small_model
     given = words(model, dataset, tmp_path / "out", f"--max_train_steps 1 {more}")
     assert main(["plan", "train_network", *given]) == (2 if said else 0)
     assert said in capsys.readouterr().err
@@ -200,7 +201,7 @@ def test_a_model_that_predicts_the_picture_is_trained_drawn_with_and_saved(
 ) -> None:
     model = tmp_path / "model"
     scheduler = scheduler_config("sd1", "sample", False)
-    save_model(model, tiny_parts("sd1", prediction="sample", scheduler=scheduler), "diffusers_safetensors")
+    save_model(model, replace(small_parts(), prediction="sample", scheduler=scheduler), "diffusers_safetensors")
     (tmp_path / "prompts.txt").write_text("a cup --w 64 --h 64 --s 2\na cup --w 64 --h 64 --s 2 --ss euler_a\n")
     prompts = f"--sample_prompts {tmp_path / 'prompts.txt'} --sample_at_first"
     for name, more in {"plain": prompts, "min-snr": "--min_snr_gamma 5"}.items():
@@ -219,12 +220,12 @@ def test_a_model_that_predicts_the_picture_is_trained_drawn_with_and_saved(
 
 
 def test_explain_tells_the_timesteps_that_are_trained(
-    tiny_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo = sorted(PHOTOS.glob("*.jpg"))[0].name
 
     def told(more: str, *form: str) -> str:
-        given = words(tiny_model, dataset, tmp_path / "out", f"--max_train_epochs 40 {more}")
+        given = words(small_model, dataset, tmp_path / "out", f"--max_train_epochs 40 {more}")
         capsys.readouterr()
         assert main(["explain", photo, "train_network", *form, *given]) == 0
         return capsys.readouterr().out

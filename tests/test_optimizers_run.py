@@ -83,7 +83,7 @@ def test_several_rates_with_those_that_take_one(photos: Path) -> None:
     assert not settle(config_of(photos, "--optimizer_type Prodigy"), {"unet": 0.5}).notes
 
 
-def test_blocks_and_lora_plus_get_the_one_rate_too(photos: Path, tiny_model: Path, tmp_path: Path,
+def test_blocks_and_lora_plus_get_the_one_rate_too(photos: Path, small_model: Path, tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     config = config_of(photos, "--optimizer_type Prodigy")
     blocks = replace(config, full=config.full.model_copy(update={"block_lr": (0.0, 0.5, *[1.0] * 21)}))
@@ -97,7 +97,7 @@ def test_blocks_and_lora_plus_get_the_one_rate_too(photos: Path, tiny_model: Pat
     more += " --network_args loraplus_lr_ratio=4 down_lr_weight=sine"
     # As absolute rates are refused where rates differ, and here they do not.
     more += " --lr_scheduler_type CosineAnnealingLR --lr_scheduler_args T_max=4 eta_min=0.5"
-    train(tiny_model, photos, tmp_path, f"{more} --optimizer_type Prodigy --logging_dir {tmp_path / 'logs'}")
+    train(small_model, photos, tmp_path, f"{more} --optimizer_type Prodigy --logging_dir {tmp_path / 'logs'}")
     said = capsys.readouterr()
     assert "--network_args: down_lr_weight, loraplus_lr_ratio: Prodigy takes one learning rate" in said.err
     assert "learning rates: unet 1, text_encoder 1" in said.out
@@ -107,7 +107,7 @@ def test_blocks_and_lora_plus_get_the_one_rate_too(photos: Path, tiny_model: Pat
     assert {curves[name][0][1] for name in logged} == {1.0}
     # One with an estimate for each group takes them all.
     more = "--max_train_steps 1 --learning_rate 1 --network_args loraplus_lr_ratio=4 --optimizer_type prodigyplus"
-    train(tiny_model, photos, tmp_path / "plus", f"{more}schedulefree --logging_dir {tmp_path / 'plus_logs'}")
+    train(small_model, photos, tmp_path / "plus", f"{more}schedulefree --logging_dir {tmp_path / 'plus_logs'}")
     assert scalars(tmp_path / "plus_logs")["lr/unet plus"][0][1] == 4.0
 
 
@@ -127,20 +127,20 @@ def test_old_flags_name_what_replaces_them(photos: Path) -> None:
 
 
 def test_the_plan_tells_of_state_in_8_bits(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = "--max_train_steps 2 --optimizer_type AdamW8bit"
-    assert sd_train(["plan", "train_network", *words(tiny_model, photos, tmp_path, more)]) == 0
+    assert sd_train(["plan", "train_network", *words(small_model, photos, tmp_path, more)]) == 0
     said = capsys.readouterr()
     assert "AdamW8bit: 8-bit state for 0 of " in said.out
     assert "trained numbers; tensors of fewer than 4,096 keep 32 bits" in said.out
     assert "AdamW8bit saves nothing here: no tensor of this network has the 4,096 numbers" in said.err
     more += " --network_dim 64"
-    assert sd_train(["plan", "train_network", *words(tiny_model, photos, tmp_path, more)]) == 0
+    assert sd_train(["plan", "train_network", *words(small_model, photos, tmp_path, more)]) == 0
     planned = capsys.readouterr()
     assert "saves nothing" not in planned.err
     (line,) = [line for line in planned.out.splitlines() if "8-bit state" in line]
-    state = train(tiny_model, photos, tmp_path, f"{more} --save_state_on_train_end").parent / "lora-state"
+    state = train(small_model, photos, tmp_path, f"{more} --save_state_on_train_end").parent / "lora-state"
     # The run counts its own tensors, and what it keeps is what was told.
     assert line in capsys.readouterr().out.splitlines()
     tensors = load_file(state / "optimizer.safetensors")
@@ -159,12 +159,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_part_and_the_rest_are_the_whole(tiny_model: Path, photos: Path, tmp_path: Path, name: str) -> None:
+def test_a_part_and_the_rest_are_the_whole(small_model: Path, photos: Path, tmp_path: Path, name: str) -> None:
     more = f"--optimizer_type {name} {CASES[name]} --max_train_steps 4 --save_every_n_steps 2"
     logs = tmp_path / "logs"
-    whole = train(tiny_model, photos, tmp_path / "whole", f"{more} --save_state --logging_dir {logs}")
+    whole = train(small_model, photos, tmp_path / "whole", f"{more} --save_state --logging_dir {logs}")
     state = tmp_path / "whole" / "lora-step00000002-state"
-    rest = train(tiny_model, photos, tmp_path / "rest", f"{more} --resume {state}")
+    rest = train(small_model, photos, tmp_path / "rest", f"{more} --resume {state}")
     assert differences(whole, rest) == []
     # A schedule-free optimizer trains other weights than it gives.
     trained, given = load_file(tmp_path / "whole" / "lora-state" / "trainable.safetensors"), load_file(whole)
@@ -177,10 +177,10 @@ def test_a_part_and_the_rest_are_the_whole(tiny_model: Path, photos: Path, tmp_p
 
 
 def test_relative_steps_are_logged(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = "--optimizer_type AdaFactor --optimizer_args relative_step=True scale_parameter=False --max_train_steps 2"
-    train(tiny_model, photos, tmp_path, f"{more} --network_train_unet_only --logging_dir {tmp_path / 'logs'}")
+    train(small_model, photos, tmp_path, f"{more} --network_train_unet_only --logging_dir {tmp_path / 'logs'}")
     curves = scalars(tmp_path / "logs")
     # The rate of the options, which nothing goes by, is not shown as if it did.
     assert [name for name in curves if name.startswith("lr/")] == ["lr/relative/group0"]
@@ -188,26 +188,27 @@ def test_relative_steps_are_logged(
     assert "learning rates: unet: AdaFactor chooses them while it trains" in capsys.readouterr().out
     # With a rate that was given it is the one that is shown.
     given = f"--optimizer_type AdaFactor --max_train_steps 1 --logging_dir {tmp_path / 'given'}"
-    train(tiny_model, photos, tmp_path / "rate", given)
+    train(small_model, photos, tmp_path / "rate", given)
     assert "learning rates: unet 0.001, text_encoder 0.001" in capsys.readouterr().out
     assert scalars(tmp_path / "given")["lr/unet"][0][1] == pytest.approx(1e-3)
 
 
-def test_pictures_change_nothing(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+def test_pictures_change_nothing(small_model: Path, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat --w 64 --h 64 --s 2\n")
     more = "--optimizer_type AdamWScheduleFree --max_train_steps 2"
-    quiet = train(tiny_model, photos, tmp_path / "quiet", more)
+    quiet = train(small_model, photos, tmp_path / "quiet", more)
     # Nor do saves.
     pictures = f"--save_every_n_steps 1 --sample_every_n_steps 1 --sample_prompts {tmp_path / 'prompts.txt'}"
-    shown = train(tiny_model, photos, tmp_path / "shown", f"{more} {pictures}")
+    shown = train(small_model, photos, tmp_path / "shown", f"{more} {pictures}")
     assert differences(quiet, shown) == []
     assert len(list((tmp_path / "shown").rglob("*.png"))) == 2
 
 
 def test_a_state_of_another_package_is_refused(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tiny_model, photos, tmp_path / "a", "--max_train_steps 1 --save_state --optimizer_type torch.optim.Adafactor")
+    first = "--max_train_steps 1 --save_state --optimizer_type torch.optim.Adafactor"
+    train(small_model, photos, tmp_path / "a", first)
     more = f"--max_train_steps 2 --optimizer_type Adafactor --resume {tmp_path / 'a' / 'lora-state'}"
-    assert main(words(tiny_model, photos, tmp_path / "b", more)) == 2
+    assert main(words(small_model, photos, tmp_path / "b", more)) == 2
     assert "is one of torch.Adafactor" in capsys.readouterr().err

@@ -30,18 +30,18 @@ def plan_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[st
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_the_run_equals_its_plan(tiny_model: Path, tmp_path: Path, number: int) -> None:
+def test_the_run_equals_its_plan(small_model: Path, tmp_path: Path, number: int) -> None:
     """`tools/check_plan.py` compares more."""
     part = 0.4 if number % 2 else 1.0
-    assert differences(make_words(tmp_path, random.Random(1000 + number), tiny_model), part) == []
+    assert differences(make_words(tmp_path, random.Random(1000 + number), small_model), part) == []
 
 
 def test_plan_lists_images_buckets_and_saves(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = write_dataset(tmp_path / "d.toml", "batch_size = 4", "num_repeats = 2", size=96)
     more = "--max_train_epochs 3 --save_every_n_epochs 1 --save_state_on_train_end --lr_scheduler cosine"
-    arguments = words(tiny_model, dataset, tmp_path / "out", f"{more} --lr_warmup_steps 2")
+    arguments = words(small_model, dataset, tmp_path / "out", f"{more} --lr_warmup_steps 2")
     found = plan_of(arguments, capsys)
     assert not (tmp_path / "out").exists(), "planning writes nothing"
     (described,) = found["datasets"]
@@ -62,7 +62,7 @@ def test_plan_lists_images_buckets_and_saves(
         "lora-000001.safetensors", "lora-000002.safetensors", "lora.safetensors",
     ]  # fmt: skip
     assert found["checkpoints"][-1]["state"] is not None
-    saved = train(tiny_model, dataset, tmp_path / "out", more)
+    saved = train(small_model, dataset, tmp_path / "out", more)
     assert abs(saved.stat().st_size - found["checkpoints"][-1]["bytes"]) < 0.3 * saved.stat().st_size
     assert {path.name for path in saved.parent.glob("*.safetensors")} == {
         Path(save["path"]).name for save in found["checkpoints"]
@@ -78,9 +78,9 @@ def test_the_size_of_a_lora_is_known_from_headers(tiny_model: Path, tiny_folder:
         assert lora_numbers(read_model(ModelRequest(str(model))), 4) == numbers
 
 
-def test_plan_in_words_and_refusals(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_in_words_and_refusals(small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = write_dataset(tmp_path / "d.toml", "batch_size = 4", size=96)
-    arguments = words(tiny_model, dataset, tmp_path / "out", "--max_train_steps 10 --sample_every_n_steps 5")
+    arguments = words(small_model, dataset, tmp_path / "out", "--max_train_steps 10 --sample_every_n_steps 5")
     assert sd_train(["plan", "train_network", *arguments]) == 2
     assert "--sample_every_n_steps" in capsys.readouterr().err
     assert sd_train(["plan", "train_network", *arguments[:-2]]) == 0
@@ -93,9 +93,9 @@ def test_plan_in_words_and_refusals(tiny_model: Path, tmp_path: Path, capsys: py
     assert "train_network" in capsys.readouterr().err
 
 
-def test_plan_needs_no_model_libraries_to_load(tiny_model: Path, tmp_path: Path) -> None:
+def test_plan_needs_no_model_libraries_to_load(small_model: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d.toml")
-    arguments = words(tiny_model, dataset, tmp_path / "out", "--max_train_steps 1")
+    arguments = words(small_model, dataset, tmp_path / "out", "--max_train_steps 1")
     code = (
         "import sys; from sd_train.__main__ import main; assert main(sys.argv[1:]) == 0; "
         "assert 'transformers' not in sys.modules and 'diffusers' not in sys.modules"
@@ -105,10 +105,10 @@ def test_plan_needs_no_model_libraries_to_load(tiny_model: Path, tmp_path: Path)
 
 
 def test_explain_finds_images_by_path_and_name(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = write_dataset(tmp_path / "d.toml", subset="flip_aug = true\nnum_repeats = 3")
-    arguments = words(tiny_model, dataset, tmp_path / "out", "--max_train_epochs 2")
+    arguments = words(small_model, dataset, tmp_path / "out", "--max_train_epochs 2")
     photo = sorted(PHOTOS.glob("*.jpg"))[0]
     for wanted in (str(photo), photo.name):
         assert sd_train(["explain", wanted, "train_network", *arguments]) == 0
@@ -124,14 +124,14 @@ def test_explain_finds_images_by_path_and_name(
 
 
 def test_debug_dataset_writes_a_page_and_sheets(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     dataset = write_dataset(tmp_path / "d.toml", "batch_size = 2", "flip_aug = true\nnum_repeats = 2", size=96)
     # It writes beside an earlier run's files without asking, because it replaces none of them.
-    train(tiny_model, dataset, tmp_path / "out", "--max_train_steps 1")
-    assert main(words(tiny_model, dataset, tmp_path / "out", "--max_train_epochs 1 --debug_dataset")) == 0
+    train(small_model, dataset, tmp_path / "out", "--max_train_steps 1")
+    assert main(words(small_model, dataset, tmp_path / "out", "--max_train_epochs 1 --debug_dataset")) == 0
     page = tmp_path / "out" / "lora-dataset.html"
     assert str(page) in capsys.readouterr().out
     text = page.read_text(encoding="utf-8")
@@ -178,12 +178,12 @@ face_crop_aug_range = [1.0, 2.0]
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium: put one on the PATH or name it in CHROME")
 def test_the_page_of_debug_dataset_in_a_browser(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     dataset = write_masked(tmp_path / "d.toml", "batch_size = 7")
-    main(words(tiny_model, dataset, tmp_path / "a page #1", "--max_train_steps 20 --debug_dataset --cache_latents"))
+    main(words(small_model, dataset, tmp_path / "a page #1", "--max_train_steps 20 --debug_dataset --cache_latents"))
     program, path = find_chromium(), tmp_path / "a page #1" / "lora-dataset.html"
     assert program is not None
     with chromium(program, tmp_path / "profile") as browser:
@@ -198,13 +198,13 @@ def test_the_page_of_debug_dataset_in_a_browser(
 
 
 def test_debug_dataset_goes_on_from_a_state_and_keeps_sheets_narrow(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     dataset, output = write_masked(tmp_path / "d.toml", "batch_size = 50", count=50), tmp_path / "out"
-    train(tiny_model, dataset, output, "--max_train_steps 1 --save_state")
-    assert main(words(tiny_model, dataset, output, "--max_train_steps 3 --resume latest --debug_dataset")) == 0
+    train(small_model, dataset, output, "--max_train_steps 1 --save_state")
+    assert main(words(small_model, dataset, output, "--max_train_steps 3 --resume latest --debug_dataset")) == 0
     said = capsys.readouterr().out
     assert "epoch 2, update 2: 64x64" in said
     assert "update 1:" not in said
@@ -215,15 +215,15 @@ def test_debug_dataset_goes_on_from_a_state_and_keeps_sheets_narrow(
             assert picture.width < 1500
             assert picture.height < 2000
     # Sheets of an earlier call do not stay beside those of a later one.
-    assert main(words(tiny_model, dataset, output, "--max_train_steps 2 --resume latest --debug_dataset")) == 0
+    assert main(words(small_model, dataset, output, "--max_train_steps 2 --resume latest --debug_dataset")) == 0
     assert len(list(output.glob("lora-dataset-*.png"))) == 3
 
 
 def test_faces_are_not_cropped_with_buckets(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = write_masked(tmp_path / "d.toml", "batch_size = 2")
-    arguments = words(tiny_model, dataset, tmp_path / "out", "--max_train_epochs 2 --cache_latents")
+    arguments = words(small_model, dataset, tmp_path / "out", "--max_train_epochs 2 --cache_latents")
     found = plan_of(arguments, capsys)
     assert any("face_crop_aug_range = (1.0, 2.0): has no effect" in warning for warning in found["warnings"])
     for image in found["datasets"][0]["images"]:
@@ -234,7 +234,7 @@ def test_faces_are_not_cropped_with_buckets(
 
 
 def test_plan_says_what_happens_to_what_fills_no_batch(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = len(list(PHOTOS.glob("*.jpg")))
     for policy, repeats, words_for_it in (
@@ -247,7 +247,7 @@ def test_plan_says_what_happens_to_what_fills_no_batch(
     ):
         more = f'batch_size = 4\nbucket_policy = "{policy}"'
         dataset = write_dataset(tmp_path / "d.toml", more, f"num_repeats = {repeats}")
-        arguments = words(tiny_model, dataset, tmp_path / "out", "--max_train_epochs 5")
+        arguments = words(small_model, dataset, tmp_path / "out", "--max_train_epochs 5")
         found = plan_of(arguments, capsys)
         (bucket,) = found["datasets"][0]["buckets"]
         assert bucket["samples"] == images * repeats
@@ -262,14 +262,14 @@ def test_plan_says_what_happens_to_what_fills_no_batch(
 
 
 def test_a_long_training_is_planned_as_quickly_as_a_short_one(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo --s 1 --w 64 --h 64")
     more = "--max_train_steps 1000000000 --save_every_n_steps 250000000 --save_every_n_epochs 100000000"
     more += f" --sample_prompts {prompts} --sample_every_n_steps 500000000 --sample_at_first"
     dataset = write_dataset(tmp_path / "d.toml", "batch_size = 4")
-    found = plan_of(words(tiny_model, dataset, tmp_path / "out", more), capsys)
+    found = plan_of(words(small_model, dataset, tmp_path / "out", more), capsys)
     updates = [save["update"] for save in found["checkpoints"]]
     assert updates == sorted(updates)
     assert updates[-1] == 1_000_000_000
@@ -279,41 +279,41 @@ def test_a_long_training_is_planned_as_quickly_as_a_short_one(
 
 
 def test_intervals_in_epochs_that_come_never_or_seldom_are_told_of(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = write_dataset(tmp_path / "d.toml", 'batch_size = 4\nbucket_policy = "carry"', "num_repeats = 0.2")
     more = "--max_train_epochs 12 --save_every_n_epochs"
     (warning,) = [
-        text for text in plan_of(words(tiny_model, dataset, tmp_path / "out", f"{more} 2"), capsys)["warnings"]
+        text for text in plan_of(words(small_model, dataset, tmp_path / "out", f"{more} 2"), capsys)["warnings"]
         if "save_every_n_epochs" in text
     ]  # fmt: skip
     assert "complete no batch" in warning
-    train(tiny_model, dataset, tmp_path / "out", f"{more} 2")
+    train(small_model, dataset, tmp_path / "out", f"{more} 2")
     saved = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
-    found = plan_of(words(tiny_model, dataset, tmp_path / "out", f"{more} 2 --overwrite"), capsys)
+    found = plan_of(words(small_model, dataset, tmp_path / "out", f"{more} 2 --overwrite"), capsys)
     assert saved == {Path(save["path"]).name for save in found["checkpoints"]}
-    found = plan_of(words(tiny_model, dataset, tmp_path / "new", f"{more} 20"), capsys)
+    found = plan_of(words(small_model, dataset, tmp_path / "new", f"{more} 20"), capsys)
     assert any("save_every_n_epochs = 20 has no effect" in text for text in found["warnings"])
 
 
 def test_the_cache_is_not_larger_than_planned(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset, cache = write_masked(tmp_path / "d.toml", "batch_size = 2", count=20), tmp_path / "cache"
     more = f"--max_train_steps 1 --cache_latents_to_disk --cache_dir {cache} --network_train_unet_only"
-    planned = plan_of(words(tiny_model, dataset, tmp_path / "out", more), capsys)["cache_bytes"]
+    planned = plan_of(words(small_model, dataset, tmp_path / "out", more), capsys)["cache_bytes"]
     texts = "--cache_text_encoder_outputs_to_disk --max_token_length 150"
-    both = plan_of(words(tiny_model, dataset, tmp_path / "out", f"{more} {texts}"), capsys)["cache_bytes"]
+    both = plan_of(words(small_model, dataset, tmp_path / "out", f"{more} {texts}"), capsys)["cache_bytes"]
     assert both - planned == 21 * 2 * 77 * 64 * 4
-    train(tiny_model, dataset, tmp_path / "out", more)
+    train(small_model, dataset, tmp_path / "out", more)
     rows = sum(path.stat().st_size - 4096 for path in (cache / "latents").glob("*.safetensors"))
     assert rows == planned
 
 
 def test_a_finished_run_can_be_planned_and_explained(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tiny_model, write_dataset(tmp_path / "d.toml"), tmp_path / "out", "--max_train_steps 1")
+    train(small_model, write_dataset(tmp_path / "d.toml"), tmp_path / "out", "--max_train_steps 1")
     saved = ["train_network", "--config_file", str(tmp_path / "out" / "lora-config.toml")]
     photo = sorted(PHOTOS.glob("*.jpg"))[0].name
     assert sd_train(["explain", photo, *saved]) == 0
@@ -324,11 +324,11 @@ def test_a_finished_run_can_be_planned_and_explained(
 
 
 def test_folders_are_tried_before_the_model_is_loaded(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("no folder")
     more = f"--max_train_steps 1 --cache_latents_to_disk --cache_dir {tmp_path / 'file' / 'below'}"
-    arguments = words(tiny_model, write_dataset(tmp_path / "d.toml"), tmp_path / "out", more)
+    arguments = words(small_model, write_dataset(tmp_path / "d.toml"), tmp_path / "out", more)
     assert main(arguments) == 4
     printed = capsys.readouterr()
     assert "nothing can be written there" in printed.err
@@ -338,15 +338,15 @@ def test_folders_are_tried_before_the_model_is_loaded(
 
 
 def test_options_that_no_image_calls_for_are_told_of(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     idle = "keep_tokens_separator = '|||'\nface_crop_aug_range = [2, 4]\nshuffle_caption = true"
     dataset = write_dataset(tmp_path / "d.toml", subset=idle)
     dataset.write_text(dataset.read_text().replace("enable_bucket = true", "").replace("min_bucket_reso = 64", ""))
     dataset.write_text(dataset.read_text().replace("max_bucket_reso = 128", ""))
-    assert sd_train(["plan", *words(tiny_model, dataset, tmp_path / "out", "--max_train_steps 1")]) == 2
+    assert sd_train(["plan", *words(small_model, dataset, tmp_path / "out", "--max_train_steps 1")]) == 2
     capsys.readouterr()
-    arguments = words(tiny_model, dataset, tmp_path / "out", "--max_train_steps 1")
+    arguments = words(small_model, dataset, tmp_path / "out", "--max_train_steps 1")
     assert sd_train(["plan", "train_network", *arguments]) == 0
     said = capsys.readouterr().err
     assert "keep_tokens_separator = '|||' stands in no caption" in said

@@ -162,13 +162,13 @@ def drift(model: Path, folder: Path) -> float:
     return float(kept.figures()["loss/prior"])
 
 
-def test_a_run_with_it_forgets_less(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_with_it_forgets_less(small_model: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d.toml")
     more = "--max_train_steps 8 --learning_rate 2e-3 --cache_latents --train_batch_size 2"
-    train(tiny_model, dataset, tmp_path / "plain", more)
-    arguments = words(tiny_model, dataset, tmp_path / "kept", f"{more} --logging_dir {tmp_path / 'logs'}")
+    train(small_model, dataset, tmp_path / "plain", more)
+    arguments = words(small_model, dataset, tmp_path / "kept", f"{more} --logging_dir {tmp_path / 'logs'}")
     assert main([*arguments, *PRIOR, "--prior_loss_weight", "50"]) == 0
-    plain, kept = drift(tiny_model, tmp_path / "plain"), drift(tiny_model, tmp_path / "kept")
+    plain, kept = drift(small_model, tmp_path / "plain"), drift(small_model, tmp_path / "kept")
     assert plain > 1e-4
     assert kept < 0.6 * plain
     curve = dict(scalars(tmp_path / "logs")["loss/prior"])
@@ -176,25 +176,25 @@ def test_a_run_with_it_forgets_less(tiny_model: Path, tmp_path: Path) -> None:
     assert curve[8] > 0.0
 
 
-def test_it_is_resumed_to_the_bit_with_cached_captions(tiny_model: Path, tmp_path: Path) -> None:
+def test_it_is_resumed_to_the_bit_with_cached_captions(small_model: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d.toml", size=64)
     more = "--max_train_steps 4 --save_every_n_steps 2 --cache_latents --cache_text_encoder_outputs "
     more += "--network_train_unet_only --network_dropout 0.1 --gradient_accumulation_steps 2"
-    whole = [*words(tiny_model, dataset, tmp_path / "whole", f"{more} --save_state"), *PRIOR]
+    whole = [*words(small_model, dataset, tmp_path / "whole", f"{more} --save_state"), *PRIOR]
     assert main(whole) == 0
     state = tmp_path / "whole" / "lora-step00000002-state"
-    assert main([*words(tiny_model, dataset, tmp_path / "rest", f"{more} --resume {state}"), *PRIOR]) == 0
+    assert main([*words(small_model, dataset, tmp_path / "rest", f"{more} --resume {state}"), *PRIOR]) == 0
     assert differences(tmp_path / "whole" / "lora.safetensors", tmp_path / "rest" / "lora.safetensors") == []
 
 
 def test_regularisation_images_beside_it_are_refused(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cups").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "cups" / "cup.png")
     subset = f"[[datasets.subsets]]\nimage_dir = {str(tmp_path / 'cups')!r}\nis_reg = true\nclass_tokens = 'cup'"
     dataset = write_dataset(tmp_path / "d.toml", subset=subset)
-    arguments = [*words(tiny_model, dataset, tmp_path / "out", "--max_train_steps 1"), *PRIOR]
+    arguments = [*words(small_model, dataset, tmp_path / "out", "--max_train_steps 1"), *PRIOR]
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert f"--prior_preservation = frozen: {dataset}" in said
@@ -215,10 +215,10 @@ def test_regularisation_images_beside_it_are_refused(
     ],
 )
 def test_the_rules_between_its_options(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], code: int, told: str | None
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], code: int, told: str | None
 ) -> None:
     dataset = write_dataset(tmp_path / "d.toml")
-    assert sd_train(["plan", "train_network", *words(tiny_model, dataset, tmp_path / "out", ""), *more]) == code
+    assert sd_train(["plan", "train_network", *words(small_model, dataset, tmp_path / "out", ""), *more]) == code
     said = capsys.readouterr().err
     if told is None:
         assert "prior" not in said
@@ -227,10 +227,10 @@ def test_the_rules_between_its_options(
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_whole_weights_are_held_against_their_copy(tiny_model: Path, precision: Literal["no", "bf16"]) -> None:
-    family, device = load(tiny_model), Device(torch.device("cpu"), precision)
+def test_whole_weights_are_held_against_their_copy(small_model: Path, precision: Literal["no", "bf16"]) -> None:
+    family, device = load(small_model), Device(torch.device("cpu"), precision)
     rates = {"unet": 1.0, "text_encoder": 1.0}
-    full = Full(FullSettings(rates, lambda: read_model(ModelRequest(str(tiny_model))), reference=True))
+    full = Full(FullSettings(rates, lambda: read_model(ModelRequest(str(small_model))), reference=True))
     family.to(device.device, device.weight_dtype, full.masters)
     full.install(family)
     kept = Denoise(family, full, device, DenoiseSettings(prior=Prior(CLASS, 1.0)))
@@ -243,7 +243,7 @@ def test_whole_weights_are_held_against_their_copy(tiny_model: Path, precision: 
     assert float(kept.figures()["loss/prior"]) == 0.0
     with torch.no_grad():
         torch._foreach_add_(params, gradients, alpha=-1e-2)
-    base = load(tiny_model)
+    base = load(small_model)
     base.to(device.device, device.weight_dtype)
     after = kept.loss(batch)
     assert batch.pixels is not None

@@ -78,7 +78,7 @@ def sessions(folder: Path) -> list[tuple[Any, Any]]:
 
 
 def test_all_trackers_of_a_run(
-    tiny_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """One run with everything: the same curves everywhere, wandb's too, and no key in any file or on the screen."""
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -88,7 +88,8 @@ def test_all_trackers_of_a_run(
     more = "--max_train_steps 4 --save_state --network_train_unet_only --log_norms_every_n_steps 2"
     more += f" --max_grad_norm 0.001 --logging_dir {logs} --log_with all --log_tracker_name frogs --log_config"
     more += f" --sample_prompts {prompts} --sample_every_n_steps 4"
-    arguments = words(tiny_model, photos, output, f"{more} --wandb_api_key {WANDB_KEY} --huggingface_token {HUB_TOKEN}")
+    more += f" --wandb_api_key {WANDB_KEY} --huggingface_token {HUB_TOKEN}"
+    arguments = words(small_model, photos, output, more)
     monkeypatch.setattr(sys, "argv", ["train_network", *arguments])
     assert main(arguments) == 0
     (log_dir,) = logs.iterdir()
@@ -262,10 +263,10 @@ def test_norms_are_without_the_scale_of_the_loss_and_before_clipping() -> None:
     assert (float(found["norm/gradient/a"]), float(found["norm/weight/a"])) == pytest.approx((5.0, 0.5), rel=1e-4)
 
 
-def test_norms_change_nothing(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+def test_norms_change_nothing(small_model: Path, photos: Path, tmp_path: Path) -> None:
     more = f"--max_train_steps 2 --logging_dir {tmp_path / 'logs'} --log_with jsonl --log_norms_every_n_steps"
-    with_norms = train(tiny_model, photos, tmp_path / "with", f"{more} 1")
-    without = train(tiny_model, photos, tmp_path / "without", f"{more} 0")
+    with_norms = train(small_model, photos, tmp_path / "with", f"{more} 1")
+    without = train(small_model, photos, tmp_path / "without", f"{more} 0")
     ours, theirs = load_file(with_norms), load_file(without)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
     logs = [curves(path) for path in sorted((tmp_path / "logs").rglob("metrics.jsonl"))]
@@ -293,7 +294,7 @@ def test_arguments_of_trackers(tmp_path: Path, text: str, said: str) -> None:
 
 @pytest.mark.skipif(not is_installed(), reason="needs wandb")
 def test_wandb_is_asked_before_the_first_update(
-    tiny_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -301,7 +302,7 @@ def test_wandb_is_asked_before_the_first_update(
     (tmp_path / "trackers.toml").write_text("[wandb]\nentitty = 'me'")
 
     def chosen(more: str) -> Any:
-        loaded = load_run_config("train_network", words(tiny_model, photos, tmp_path / "out", more))
+        loaded = load_run_config("train_network", words(small_model, photos, tmp_path / "out", more))
         return wandb_run(loaded.config, told.append)
 
     told: list[str] = []
@@ -328,15 +329,15 @@ def test_wandb_is_asked_before_the_first_update(
         ("--log_norms_every_n_steps -1", "must be a whole number >= 0"),
     ],
 )
-def test_wrong_options(tiny_model: Path, photos: Path, tmp_path: Path, more: str, said: str) -> None:
+def test_wrong_options(small_model: Path, photos: Path, tmp_path: Path, more: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_run_config("train_network", words(tiny_model, photos, tmp_path / "out", more))
+        load_run_config("train_network", words(small_model, photos, tmp_path / "out", more))
     assert said in str(caught.value)
 
 
-def test_keys_stay_out_of_written_options_and_messages(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+def test_keys_stay_out_of_written_options_and_messages(small_model: Path, photos: Path, tmp_path: Path) -> None:
     keys = f"--wandb_api_key {WANDB_KEY} --huggingface_token {HUB_TOKEN}"
-    arguments = words(tiny_model, photos, tmp_path / "out", keys)
+    arguments = words(small_model, photos, tmp_path / "out", keys)
     loaded = load_run_config("train_network", arguments)
     assert [warning.split()[0] for warning in loaded.warnings] == ["--wandb_api_key", "--huggingface_token"]
     path = tmp_path / "written.toml"

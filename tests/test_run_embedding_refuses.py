@@ -44,19 +44,19 @@ def refused(model: Path, dataset: Path, output: Path, more: str, said: Said) -> 
     return told.err
 
 
-def test_captions_without_the_word(tiny_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
+def test_captions_without_the_word(small_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
     dataset = dataset_of(captioned, tmp_path / "d.toml")
-    told = refused(tiny_model, dataset, tmp_path / "out", "", capsys)
+    told = refused(small_model, dataset, tmp_path / "out", "", capsys)
     assert "1 of 3 captions lack the word 'mytok', which learns nothing from them: 1.jpg;" in told
     assert "caption_prefix = 'mytok'" in told
     assert "--use_object_template" in told
     (captioned / "1.txt").write_text("mat\nmytok")
-    assert "1 of 3 captions" in refused(tiny_model, dataset, tmp_path / "out", "", capsys)
+    assert "1 of 3 captions" in refused(small_model, dataset, tmp_path / "out", "", capsys)
     # With wildcards every line may be chosen.
     wild = dataset_of(captioned, tmp_path / "wild.toml", "enable_wildcard = true")
-    assert "1 of 3 captions" in refused(tiny_model, wild, tmp_path / "out", "", capsys)
+    assert "1 of 3 captions" in refused(small_model, wild, tmp_path / "out", "", capsys)
     (captioned / "1.txt").write_text("mytok\na {mytok|mat}")
-    more = arguments(tiny_model, wild, tmp_path / "out", "--max_train_steps 2")
+    more = arguments(small_model, wild, tmp_path / "out", "--max_train_steps 2")
     assert main(["plan", "train_textual_inversion", *more]) == 0
     assert "enable_wildcard may leave the word 'mytok' out of 1 of 3 captions: 1.jpg;" in capsys.readouterr().err
     (captioned / "1.txt").write_text("mytok\na {mytok|new mytok}")
@@ -64,7 +64,7 @@ def test_captions_without_the_word(tiny_model: Path, captioned: Path, tmp_path: 
     assert "may leave the word" not in capsys.readouterr().err
 
 
-def test_a_word_that_is_cut_off_is_told(tiny_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
+def test_a_word_that_is_cut_off_is_told(small_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
     (captioned / "1.txt").write_text("mat, " * 36 + "mytok")
     dataset = dataset_of(captioned, tmp_path / "d.toml")
     for more, lost in (
@@ -73,20 +73,20 @@ def test_a_word_that_is_cut_off_is_told(tiny_model: Path, captioned: Path, tmp_p
         ("--num_vectors_per_token 4 --max_token_length 150", False),
         ("--num_vectors_per_token 72 --use_object_template", "sentences are longer than 75 tokens"),
     ):
-        line = arguments(tiny_model, dataset, tmp_path / "out", f"--max_train_steps 1 {more}")
+        line = arguments(small_model, dataset, tmp_path / "out", f"--max_train_steps 1 {more}")
         assert main(["plan", "train_textual_inversion", *line]) == 0
         told = capsys.readouterr().err
         assert (lost in told) if lost else ("are longer than" not in told)
 
 
-def test_what_is_doubtful_is_told(tiny_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
+def test_what_is_doubtful_is_told(small_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
     (captioned / "1.txt").write_text("mat, mytok")
     dataset = dataset_of(captioned, tmp_path / "d.toml", "token_warmup_step = 5")
     other = "\n[[datasets.subsets]]\nis_reg = true\nimage_dir = "
     dataset.write_text(dataset.read_text() + other + repr(str(PHOTOS)))
     (tmp_path / "p.txt").write_text("a mat\n")
     more = f"--max_train_steps 2 --sample_every_n_steps 1 --sample_prompts {tmp_path / 'p.txt'}"
-    line = arguments(tiny_model, dataset, tmp_path / "out", more)
+    line = arguments(small_model, dataset, tmp_path / "out", more)
     assert main(["plan", "train_textual_inversion", *line, "--init_word", "cat mat"]) == 0
     told = capsys.readouterr().err
     for part in (
@@ -98,11 +98,11 @@ def test_what_is_doubtful_is_told(tiny_model: Path, captioned: Path, tmp_path: P
         assert part in told, part
 
 
-def test_sentences_need_no_captions(tiny_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
+def test_sentences_need_no_captions(small_model: Path, captioned: Path, tmp_path: Path, capsys: Said) -> None:
     for path in captioned.glob("*.txt"):
         path.unlink()
     dataset = dataset_of(captioned, tmp_path / "d.toml")
-    more = arguments(tiny_model, dataset, tmp_path / "out", "--max_train_steps 40 --use_object_template")
+    more = arguments(small_model, dataset, tmp_path / "out", "--max_train_steps 40 --use_object_template")
     assert main(["plan", "train_textual_inversion", *more, "--json"]) == 0
     images = json.loads(capsys.readouterr().out)["datasets"][0]["images"]
     assert all(set(image["captions"]) <= set(object_sentences("mytok")) for image in images)
@@ -133,12 +133,12 @@ def test_sentences_need_no_captions(tiny_model: Path, captioned: Path, tmp_path:
         ("--weights {}/wrong.safetensors", "--weights = "),
     ],
 )
-def test_options_that_do_not_fit(more: str, part: str | None, tiny_model: Path, tmp_path: Path, capsys: Said) -> None:
+def test_options_that_do_not_fit(more: str, part: str | None, small_model: Path, tmp_path: Path, capsys: Said) -> None:
     save_file({"emb_params": torch.zeros(3, 64)}, tmp_path / "three.safetensors")
     save_file({"IN01": torch.zeros(1, 64), "MID": torch.zeros(1, 64)}, tmp_path / "wide.safetensors")
     save_file({"a": torch.zeros(1, 64), "b": torch.zeros(1, 64)}, tmp_path / "wrong.safetensors")
     dataset = write_dataset(tmp_path / "d.toml", subset='caption_prefix = "mytok"')
-    line = arguments(tiny_model, dataset, tmp_path / "out", f"--max_train_steps 2 {more.format(tmp_path)}")
+    line = arguments(small_model, dataset, tmp_path / "out", f"--max_train_steps 2 {more.format(tmp_path)}")
     if "--token_string" in more:
         # The later one counts; without another name the file is called by the word.
         place = line.index("--output_name")
@@ -154,16 +154,16 @@ def test_options_that_do_not_fit(more: str, part: str | None, tiny_model: Path, 
 
 
 @pytest.mark.parametrize("word", [" ", "a  b", " a"])
-def test_blanks_in_the_word(word: str, tiny_model: Path, tmp_path: Path, capsys: Said) -> None:
+def test_blanks_in_the_word(word: str, small_model: Path, tmp_path: Path, capsys: Said) -> None:
     dataset = write_dataset(tmp_path / "d.toml")
-    line = arguments(tiny_model, dataset, tmp_path / "out", "")
+    line = arguments(small_model, dataset, tmp_path / "out", "")
     assert main(["train_textual_inversion", *line[:-1], word]) == 2
     assert "--token_string" in capsys.readouterr().err
 
 
-def test_a_word_with_blanks_and_marks(tiny_model: Path, tmp_path: Path, capsys: Said) -> None:
+def test_a_word_with_blanks_and_marks(small_model: Path, tmp_path: Path, capsys: Said) -> None:
     dataset = write_dataset(tmp_path / "d.toml", subset="caption_prefix = 'my (new) {dog}!'")
-    line = arguments(tiny_model, dataset, tmp_path / "out", "--max_train_steps 1 --weighted_captions")
+    line = arguments(small_model, dataset, tmp_path / "out", "--max_train_steps 1 --weighted_captions")
     place = line.index("--output_name")
     assert main(["train_textual_inversion", *line[:place], *line[place + 2 : -1], "my (new) {dog}!"]) == 0
     assert (tmp_path / "out" / "my (new) {dog}!.safetensors").is_file()
@@ -173,6 +173,6 @@ def test_a_word_with_blanks_and_marks(tiny_model: Path, tmp_path: Path, capsys: 
     assert "no prompt calls it" not in capsys.readouterr().err
 
 
-def test_dropped_captions_teach_nothing(tiny_model: Path, tmp_path: Path, capsys: Said) -> None:
+def test_dropped_captions_teach_nothing(small_model: Path, tmp_path: Path, capsys: Said) -> None:
     dataset = write_dataset(tmp_path / "d.toml", subset='caption_prefix = "mytok"\ncaption_dropout_rate = 0.1')
-    assert "caption_dropout_rate" in refused(tiny_model, dataset, tmp_path / "out", "", capsys)
+    assert "caption_dropout_rate" in refused(small_model, dataset, tmp_path / "out", "", capsys)

@@ -171,12 +171,12 @@ def test_metadata_tells_of_a_schedule_that_ends_in_pure_noise(tmp_path: Path) ->
 
 
 def test_xformers_without_a_gpu_is_told_of(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gui.toml").write_text('xformers = "xformers"\n')
     dataset = write_dataset(tmp_path / "d.toml")
-    plain = train(tiny_model, dataset, tmp_path / "plain", "--max_train_steps 1")
+    plain = train(small_model, dataset, tmp_path / "plain", "--max_train_steps 1")
     capsys.readouterr()
-    other = train(tiny_model, dataset, tmp_path / "x", f"--max_train_steps 1 --config_file {tmp_path / 'gui.toml'}")
+    other = train(small_model, dataset, tmp_path / "x", f"--max_train_steps 1 --config_file {tmp_path / 'gui.toml'}")
     assert "--xformers has no effect: it works on NVIDIA GPUs only" in capsys.readouterr().err
     assert differences(plain, other) == []

@@ -23,9 +23,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_saves_at_steps_and_epochs(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+def test_saves_at_steps_and_epochs(small_model: Path, photos: Path, tmp_path: Path) -> None:
     more = "--max_train_epochs 3 --save_every_n_steps 2 --save_every_n_epochs 1"
-    last = train(tiny_model, photos, tmp_path / "out", more)
+    last = train(small_model, photos, tmp_path / "out", more)
     # Nine updates; the last epoch is only saved as the final file.
     assert names(tmp_path / "out") == [
         "lora-000001.safetensors", "lora-000002.safetensors", "lora-config.toml", "lora-step00000002.safetensors",
@@ -40,15 +40,15 @@ def test_saves_at_steps_and_epochs(tiny_model: Path, photos: Path, tmp_path: Pat
         assert found["ss_num_epochs"] == "3"
 
 
-def test_an_epoch_that_the_end_cuts_short(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
-    train(tiny_model, photos, tmp_path / "out", "--max_train_steps 4 --save_every_n_epochs 1 --save_state")
+def test_an_epoch_that_the_end_cuts_short(small_model: Path, photos: Path, tmp_path: Path) -> None:
+    train(small_model, photos, tmp_path / "out", "--max_train_steps 4 --save_every_n_epochs 1 --save_state")
     assert names(tmp_path / "out") == [
         "lora-000001-state", "lora-000001.safetensors", "lora-config.toml", "lora-state", "lora.safetensors"
     ]  # fmt: skip
 
 
-def test_without_a_name(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
-    arguments = words(tiny_model, photos, tmp_path / "out", "--max_train_steps 4 --save_every_n_steps 2")
+def test_without_a_name(small_model: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = words(small_model, photos, tmp_path / "out", "--max_train_steps 4 --save_every_n_steps 2")
     arguments += ["--save_every_n_epochs", "1", "--save_state_on_train_end", "--output_name", ""]
     assert main(arguments) == 0
     assert names(tmp_path / "out") == [
@@ -58,12 +58,12 @@ def test_without_a_name(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
     assert metadata(tmp_path / "out" / "last.safetensors")["ss_output_name"] == "None"
 
 
-def test_the_precision_of_the_file(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
-    full = load_file(train(tiny_model, photos, tmp_path / "full", "--max_train_steps 2"))
+def test_the_precision_of_the_file(small_model: Path, photos: Path, tmp_path: Path) -> None:
+    full = load_file(train(small_model, photos, tmp_path / "full", "--max_train_steps 2"))
     assert {tensor.dtype for tensor in full.values()} == {torch.float32}
     for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         more = f"--max_train_steps 2 --save_precision {precision}"
-        half = load_file(train(tiny_model, photos, tmp_path / precision, more))
+        half = load_file(train(small_model, photos, tmp_path / precision, more))
         assert {tensor.dtype for tensor in half.values()} == {dtype}
         assert full.keys() == half.keys()
         for name, tensor in full.items():
@@ -90,8 +90,8 @@ def test_mixed_precision_has_almost_the_same_gradients(tiny_model: Path, tmp_pat
 
 
 def test_the_clock_can_be_fixed(
-    tiny_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    first, second = (train(tiny_model, photos, tmp_path / name, "--max_train_steps 1") for name in "ab")
+    first, second = (train(small_model, photos, tmp_path / name, "--max_train_steps 1") for name in "ab")
     assert first.read_bytes() == second.read_bytes()

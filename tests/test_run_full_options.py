@@ -104,15 +104,17 @@ def test_dreambooth_is_the_weighted_loss_of_a_loop_by_hand(folder: Path, tmp_pat
         assert apart < least * moved
 
 
-def test_a_part_and_the_rest_are_the_whole_across_the_text_encoders_end(folder: Path, tmp_path: Path) -> None:
-    source, dataset, logs = folder / "tiny_sd1.safetensors", folder / "db.toml", tmp_path / "logs"
+def test_a_part_and_the_rest_are_the_whole_across_the_text_encoders_end(
+    small_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    dataset, logs = folder / "db.toml", tmp_path / "logs"
     more = "--stop_text_encoder_training 2 --lr_scheduler cosine --use_ema --ema_decay 0.9 --max_train_steps 4"
     saves = f"--save_every_n_steps 1 --save_state --logging_dir {logs}"
-    whole = train("train_db", source, dataset, tmp_path / "whole", f"{more} {saves}")
+    whole = train("train_db", small_model, dataset, tmp_path / "whole", f"{more} {saves}")
     # Resumed before the text encoder has ended, and where it has.
     for step in (1, 2):
         state = whole.with_name(f"m-step{step:08d}-state")
-        rest = train("train_db", source, dataset, tmp_path / f"rest{step}", f"{more} --resume {state}")
+        rest = train("train_db", small_model, dataset, tmp_path / f"rest{step}", f"{more} --resume {state}")
         assert differences(whole, rest) == []
         assert metadata(whole) == metadata(rest)
         assert differences(whole.with_name("m-ema.safetensors"), rest.with_name("m-ema.safetensors")) == []
@@ -168,9 +170,9 @@ def test_every_form_in_the_precision_that_is_asked_for(form: str, folder: Path, 
     assert parts_of(saved).metadata["ss_steps"] == "1"
 
 
-def test_a_model_is_kept_beside_what_it_made_of_its_class(folder: Path, tmp_path: Path) -> None:
+def test_a_model_is_kept_beside_what_it_made_of_its_class(small_model: Path, folder: Path, tmp_path: Path) -> None:
     """Frozen prior preservation: the prediction for the class stays nearer to the base model's."""
-    source, base = folder / "tiny_sd1_folder", load(folder / "tiny_sd1_folder")
+    source, base = small_model, load(small_model)
     class_rows = base.encode_texts(["thing"])
     noisy = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     when = torch.tensor([100, 300, 500, 800])

@@ -62,8 +62,8 @@ def test_a_control_with_rate_zero_stays_as_it_is(
 
 
 @pytest.mark.parametrize("half", ["unet", "text_encoder"])
-def test_a_rate_of_zero_creates_no_modules(tiny_model: Path, small: Path, tmp_path: Path, half: str) -> None:
-    lora = train(tiny_model, small, tmp_path / "out", f"--{half}_lr 0 --max_train_steps 1")
+def test_a_rate_of_zero_creates_no_modules(small_model: Path, small: Path, tmp_path: Path, half: str) -> None:
+    lora = train(small_model, small, tmp_path / "out", f"--{half}_lr 0 --max_train_steps 1")
     rest = {"unet": "lora_te_", "text_encoder": "lora_unet_"}[half]
     assert {name[: len(rest)] for name in load_file(lora)} == {rest}
 
@@ -88,13 +88,13 @@ def test_checkpointing_changes_nothing(tiny_model: Path, small: Path, tmp_path: 
     assert largest_difference(plain, train(tiny_model, small, tmp_path / "saving", more)) < 1e-5
 
 
-def test_previews_change_nothing(tiny_model: Path, small: Path, tmp_path: Path) -> None:
+def test_previews_change_nothing(small_model: Path, small: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# a comment\na cup --w 64 --h 64 --s 2 --d 7 --n blurry\na cat --w 64 --h 128 --s 2\n")
     more = "--max_train_steps 4 --network_dropout 0.1"
-    plain = train(tiny_model, small, tmp_path / "plain", more)
+    plain = train(small_model, small, tmp_path / "plain", more)
     seen = train(
-        tiny_model, small, tmp_path / "seen",
+        small_model, small, tmp_path / "seen",
         f"{more} --sample_prompts {prompts} --sample_every_n_steps 2 --sample_at_first --sample_sampler euler_a "
         f"--logging_dir {tmp_path / 'logs'} --log_prefix try-",
     )  # fmt: skip
@@ -120,11 +120,11 @@ def test_previews_change_nothing(tiny_model: Path, small: Path, tmp_path: Path) 
     assert pictures(tmp_path / "logs") == {"sample_0": [0, 2, 4], "sample_1": [0, 2, 4]}
 
 
-def test_previews_every_epoch_carry_the_epoch(tiny_model: Path, small: Path, tmp_path: Path) -> None:
+def test_previews_every_epoch_carry_the_epoch(small_model: Path, small: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1 --d 1\n")
     more = f"--max_train_epochs 2 --train_batch_size 3 --sample_prompts {prompts} --sample_every_n_epochs 1"
-    train(tiny_model, small, tmp_path / "out", more)
+    train(small_model, small, tmp_path / "out", more)
     names = sorted(path.name for path in (tmp_path / "out" / "sample").iterdir())
     expected = ["lora_e000001_00_TIME_1.png", "lora_e000002_00_TIME_1.png"]
     assert [re.sub(r"\d{14}", "TIME", name) for name in names] == expected

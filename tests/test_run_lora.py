@@ -58,9 +58,10 @@ def test_the_loss_falls_with_convolutions_and_ranks_by_block(
     arguments = f"conv_dim=3 conv_alpha=3 block_dims={block_dims(kind)} loraplus_lr_ratio=2 down_lr_weight=cosine+0.5"
     lora = train(model, dataset, tmp_path / "out", f"{more} --network_args {arguments}")
     assert set(ranks(lora).values()) == {2, 3, 4}
-    assert any(tensor.shape[2:] == (3, 3) and len(tensor) == 3 for tensor in load_file(lora).values())
-    wide = [name for name, tensor in load_file(lora).items() if tensor.shape[2:] == (3, 3)]
-    assert all(load_file(lora)[name.replace("_down.", "_up.")].any() for name in wide)
+    tensors = load_file(lora)
+    assert any(tensor.shape[2:] == (3, 3) and len(tensor) == 3 for tensor in tensors.values())
+    wide = [name for name, tensor in tensors.items() if tensor.shape[2:] == (3, 3)]
+    assert all(tensors[name.replace("_down.", "_up.")].any() for name in wide)
     curves = scalars(tmp_path / "logs")
     first = 2 if kind == "sdxl" else 1
     assert curves[f"lr/unet_block{first} plus"][-1][1] == pytest.approx(2 * curves[f"lr/unet_block{first}"][-1][1])

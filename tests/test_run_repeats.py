@@ -59,11 +59,11 @@ def read_all(updates: Updates, end: int) -> list[tuple[Update, list[Batch]]]:
     return [(update, list(update.batches)) for update in updates.starting_at(start, end)]
 
 
-def test_the_number_of_workers_does_not_matter(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_matter(small_model: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d.toml", subset=RANDOM + "random_crop = true", size=96)
     more = "--max_train_steps 4 --train_batch_size 2 --max_data_loader_n_workers"
     counts = (0, 1, 4)
-    first, *others = [train(tiny_model, dataset, tmp_path / str(count), f"{more} {count}") for count in counts]
+    first, *others = [train(small_model, dataset, tmp_path / str(count), f"{more} {count}") for count in counts]
     for other in others:
         assert differences(first, other) == []
         assert metadata(first) == metadata(other)
@@ -118,7 +118,7 @@ def test_epochs_have_every_sample_once_in_an_order_of_their_own(tmp_path: Path) 
     assert len({tuple(order) for order in orders}) == 3
 
 
-def test_the_last_update_of_an_epoch_is_the_mean_over_its_own_samples(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_last_update_of_an_epoch_is_the_mean_over_its_own_samples(small_model: Path, tmp_path: Path) -> None:
     """Six batches in updates of four: the second update has two, and counts each of them half."""
     dataset = write_dataset(tmp_path / "d.toml")
     updates = updates_of(dataset, accumulation=4)
@@ -128,10 +128,10 @@ def test_the_last_update_of_an_epoch_is_the_mean_over_its_own_samples(tiny_model
         (0, 0, False), (0, 1, True), (1, 0, False), (1, 1, True)
     ]  # fmt: skip
     still = "--learning_rate 1e-12 --optimizer_args weight_decay=0 --gradient_accumulation_steps 4 --max_train_steps 2"
-    train(tiny_model, dataset, tmp_path / "out", f"{still} --logging_dir {tmp_path / 'logs'}")
+    train(small_model, dataset, tmp_path / "out", f"{still} --logging_dir {tmp_path / 'logs'}")
     curves = scalars(tmp_path / "logs")
 
-    family = load(tiny_model)
+    family = load(small_model)
     rates = {"unet": 1.0, "text_encoder": 1.0}
     lora = Lora(LoraSettings(rank=4, alpha=4.0, dropout=0.0, rates=rates, seed=3))
     lora.install(family)
@@ -166,13 +166,13 @@ def test_two_ranks_see_what_one_sees(tmp_path: Path) -> None:
             assert float(batch.weight.abs().sum()) == 0.0
 
 
-def test_two_processes_train_what_one_accumulates(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_train_what_one_accumulates(small_model: Path, tmp_path: Path) -> None:
     subset = "flip_aug = true\nshuffle_caption = true"
-    dataset = write_dataset(tmp_path / "d.toml", subset=subset, size=128)
+    dataset = write_dataset(tmp_path / "d.toml", subset=subset)
     # Three batches in updates of two: one rank pads every second one.
     more = "--max_train_steps 4 --train_batch_size 2 --network_dropout 0.1 --save_every_n_epochs 1 --save_state"
     more += " --use_ema --prior_preservation frozen --class_prompt cup"
-    arguments = words(tiny_model, dataset, tmp_path / "two", more)
+    arguments = words(small_model, dataset, tmp_path / "two", more)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     launch = f"torch.distributed.run --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port} -m".split()
@@ -182,7 +182,7 @@ def test_two_processes_train_what_one_accumulates(tiny_model: Path, tmp_path: Pa
     assert done.stdout.count("seed: 3\n") == 1
     assert done.stderr.count("saved ") == 2
     assert done.stderr.count("--log_prefix has no effect") == 1
-    one = train(tiny_model, dataset, tmp_path / "one", more + " --gradient_accumulation_steps 2")
+    one = train(small_model, dataset, tmp_path / "one", more + " --gradient_accumulation_steps 2")
     assert set(tree(tmp_path / "two")) == set(tree(tmp_path / "one"))
     assert largest_difference(one, tmp_path / "two" / "lora.safetensors") < 2e-6
     averages = (tmp_path / folder / "lora-ema.safetensors" for folder in ("one", "two"))
@@ -202,12 +202,12 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_run_needs_no_network_and_writes_only_into_its_folder(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_needs_no_network_and_writes_only_into_its_folder(small_model: Path, tmp_path: Path) -> None:
     photos, model, output = tmp_path / "photos", tmp_path / "model.safetensors", tmp_path / "output"
     photos.mkdir()
     for file in PHOTOS.iterdir():
         (photos / file.name).write_bytes(file.read_bytes())
-    model.write_bytes(tiny_model.read_bytes())
+    model.write_bytes(small_model.read_bytes())
     dataset = write_dataset(tmp_path / "d.toml")
     dataset.write_text(dataset.read_text().replace(str(PHOTOS), str(photos)))
     prompts = tmp_path / "prompts.txt"
@@ -228,10 +228,10 @@ def test_a_run_needs_no_network_and_writes_only_into_its_folder(tiny_model: Path
     assert [path.suffix for path in (output / "sample").iterdir()] == [".png"]
 
 
-def test_the_written_configuration_repeats_the_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_written_configuration_repeats_the_run(small_model: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d.toml")
     more = "--max_train_steps 4 --lr_scheduler cosine --lr_warmup_steps 0.5 --network_dropout 0.1"
-    first = train(tiny_model, dataset, tmp_path / "first", f"{more} --optimizer_args betas=.8,.99 weight_decay=0.1")
+    first = train(small_model, dataset, tmp_path / "first", f"{more} --optimizer_args betas=.8,.99 weight_decay=0.1")
     written = first.with_name("lora-config.toml")
     assert main(["--config_file", str(written), "--output_dir", str(tmp_path / "second")]) == 0
     second = tmp_path / "second" / "lora.safetensors"
@@ -242,10 +242,10 @@ def test_the_written_configuration_repeats_the_run(tiny_model: Path, tmp_path: P
 
 
 def test_a_drawn_seed_is_printed_and_kept(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = write_dataset(tmp_path / "d.toml")
-    arguments = words(tiny_model, dataset, tmp_path / "first", "--max_train_steps 2")
+    arguments = words(small_model, dataset, tmp_path / "first", "--max_train_steps 2")
     place = arguments.index("--seed")
     del arguments[place : place + 2]
     assert main(arguments) == 0

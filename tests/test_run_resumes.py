@@ -31,13 +31,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_part_and_the_rest_are_the_whole(tiny_model: Path, photos: Path, tmp_path: Path, case: str) -> None:
+def test_a_part_and_the_rest_are_the_whole(small_model: Path, photos: Path, tmp_path: Path, case: str) -> None:
     end, part = (12, 5) if case == "adamw" else (7, 3)
     more = f"--max_train_steps {end} --save_every_n_steps {part} {CASES[case]}"
     logs = tmp_path / "logs0", tmp_path / "logs1"
-    whole = train(tiny_model, photos, tmp_path / "whole", f"{more} --save_state --logging_dir {logs[0]}")
+    whole = train(small_model, photos, tmp_path / "whole", f"{more} --save_state --logging_dir {logs[0]}")
     state = tmp_path / "whole" / f"lora-step{part:08d}-state"
-    resumed = train(tiny_model, photos, tmp_path / "rest", f"{more} --resume {state} --logging_dir {logs[1]}")
+    resumed = train(small_model, photos, tmp_path / "rest", f"{more} --resume {state} --logging_dir {logs[1]}")
     assert differences(whole, resumed) == []
     assert metadata(resumed) == metadata(whole)
     assert metadata(resumed)["ss_steps"] == str(end)
@@ -56,35 +56,35 @@ def test_a_part_and_the_rest_are_the_whole(tiny_model: Path, photos: Path, tmp_p
 
 
 def test_a_shorter_first_run_and_latest_twice(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # With a constant rate the end does not matter: 2 updates, then to 4 and to 6, each time from the newest state.
     more = "--optimizer_type Prodigy --learning_rate 1 --network_train_unet_only"
-    whole = train(tiny_model, photos, tmp_path / "whole", f"{more} --max_train_steps 6")
+    whole = train(small_model, photos, tmp_path / "whole", f"{more} --max_train_steps 6")
     parts = tmp_path / "parts"
-    train(tiny_model, photos, parts, f"{more} --max_train_steps 2 --save_state_on_train_end")
+    train(small_model, photos, parts, f"{more} --max_train_steps 2 --save_state_on_train_end")
     capsys.readouterr()
-    train(tiny_model, photos, parts, f"{more} --max_train_steps 4 --resume latest --save_every_n_steps 3 --save_state")
+    train(small_model, photos, parts, f"{more} --max_train_steps 4 --resume latest --save_every_n_steps 3 --save_state")
     assert f"resumed {parts / 'lora-state'} at step 2 of 4" in capsys.readouterr().out
     assert {path.name for path in parts.glob("*-state")} == {"lora-state", "lora-step00000003-state"}
     # A state without its seal does not count.
     (parts / "lora-state" / "manifest.json").unlink()
-    last = train(tiny_model, photos, parts, f"{more} --max_train_steps 6 --resume latest")
+    last = train(small_model, photos, parts, f"{more} --max_train_steps 6 --resume latest")
     assert f"resumed {parts / 'lora-step00000003-state'} at step 3 of 6" in capsys.readouterr().out
     assert differences(whole, last) == []
     assert metadata(whole) == metadata(last)
 
 
 def test_a_state_that_was_tampered_with_is_refused(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tiny_model, photos, tmp_path, "--max_train_steps 1 --save_state")
+    train(small_model, photos, tmp_path, "--max_train_steps 1 --save_state")
     file = tmp_path / "lora-state" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     more = f"--max_train_steps 2 --resume {tmp_path / 'lora-state'}"
-    assert main(words(tiny_model, photos, tmp_path, more)) == 3
+    assert main(words(small_model, photos, tmp_path, more)) == 3
     assert f"{file}: differs from what was saved" in capsys.readouterr().err
 
 
@@ -100,26 +100,26 @@ def test_a_state_that_was_tampered_with_is_refused(
     ],
 )
 def test_what_a_state_does_not_fit_is_refused(
-    tiny_model: Path, photos: Path, state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str,
+    small_model: Path, photos: Path, state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str,
     rule: str,
 ) -> None:  # fmt: skip
-    assert main(words(tiny_model, photos, tmp_path, f"--max_train_steps 2 --resume {state} {more}")) in (2, 3)
+    assert main(words(small_model, photos, tmp_path, f"--max_train_steps 2 --resume {state} {more}")) in (2, 3)
     assert rule in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
-def state(tiny_model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def state(small_model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state after one update."""
     folder = tmp_path_factory.mktemp("run")
-    train(tiny_model, photos, folder, "--max_train_steps 1 --save_state")
+    train(small_model, photos, folder, "--max_train_steps 1 --save_state")
     return folder / "lora-state"
 
 
 def test_another_precision_is_told_of(
-    tiny_model: Path, photos: Path, state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tiny_model, photos, tmp_path, f"--max_train_steps 2 --resume {state} --mixed_precision fp16")
+    train(small_model, photos, tmp_path, f"--max_train_steps 2 --resume {state} --mixed_precision fp16")
     assert "mixed_precision: no -> fp16" in capsys.readouterr().err
 
 

@@ -125,10 +125,10 @@ def test_the_picture_shows_the_rates(folder: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_model_and_a_dataset_give_the_length(
-    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = write_dataset(folder / "photos.toml")
-    words = ["schedule", "plot", "train_network", "--output=a.png", "--pretrained_model_name_or_path", str(tiny_model)]
+    words = ["schedule", "plot", "train_network", "--output=a.png", "--pretrained_model_name_or_path", str(small_model)]
     words += ["--dataset_config", str(dataset), "--output_dir", "out", "--lr_scheduler", "rex"]
     lengths = []
     for epochs in ("1", "3"):
@@ -212,9 +212,9 @@ def test_axes_are_round() -> None:
 
 
 def test_a_plan_names_what_is_wrong_with_a_schedule_beside_the_rest(
-    tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--pretrained_model_name_or_path", str(tiny_model), "--dataset_config", "dataset.toml"]
+    words = ["--pretrained_model_name_or_path", str(small_model), "--dataset_config", "dataset.toml"]
     words += "--output_dir o --lr_scheduler_type StepLR --lr_scheduler_args stepsize=3 --optimizer_args nix=1".split()
     assert main(["plan", "train_network", *words]) == 2
     message = capsys.readouterr().err
@@ -224,13 +224,13 @@ def test_a_plan_names_what_is_wrong_with_a_schedule_beside_the_rest(
     assert "dataset.toml: has no [[datasets]]" in message
 
 
-def test_a_run_logs_the_curve_and_goes_on_where_it_stopped(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_logs_the_curve_and_goes_on_where_it_stopped(small_model: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "dataset.toml")
     more = (
         "--max_train_steps 6 --network_train_unet_only --gradient_accumulation_steps 2 --lr_scheduler_type "
         "CosineAnnealingWarmRestarts --lr_scheduler_args T_0=4 eta_min=1e-5 --save_state --save_every_n_steps 3"
     )
-    whole = train(tiny_model, dataset, tmp_path / "whole", f"{more} --logging_dir {tmp_path / 'logs'}")
+    whole = train(small_model, dataset, tmp_path / "whole", f"{more} --logging_dir {tmp_path / 'logs'}")
     ours = make_schedule(
         ScheduleOptions(
             lr_scheduler_type="CosineAnnealingWarmRestarts",
@@ -243,5 +243,5 @@ def test_a_run_logs_the_curve_and_goes_on_where_it_stopped(tiny_model: Path, tmp
     assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
     assert [rate for _, rate in logged] == pytest.approx([1e-3 * ours.factor(step) for step in range(6)], rel=1e-5)
     state = tmp_path / "whole" / "lora-step00000003-state"
-    again = train(tiny_model, dataset, tmp_path / "again", f"{more} --resume {state}")
+    again = train(small_model, dataset, tmp_path / "again", f"{more} --resume {state}")
     assert differences(whole, again) == []

@@ -56,13 +56,13 @@ def ignore(text: str) -> None:
 
 
 def test_what_a_run_saves_arrives_and_continues_elsewhere(
-    tiny_model: Path, photos: Path, tmp_path: Path, hub: Hub, capfd: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, hub: Hub, capfd: pytest.CaptureFixture[str]
 ) -> None:
     more = "--max_train_steps 4 --save_every_n_steps 2 --save_state"
     up = f"--huggingface_repo_id me/frog --huggingface_path_in_repo runs/a --huggingface_token {TOKEN} "
     up += "--save_state_to_huggingface --async_upload"
     first = tmp_path / "first"
-    assert main(words(tiny_model, photos, first, f"{more} {up}")) == 0
+    assert main(words(small_model, photos, first, f"{more} {up}")) == 0
     assert "uploaded lora-step00000002.safetensors to me/frog" in capfd.readouterr().err
     assert {tuple(asked.items()) for asked in hub.created} == {
         (("name", "frog"), ("organization", "me"), ("visibility", "private"), ("type", "model"))
@@ -78,7 +78,7 @@ def test_what_a_run_saves_arrives_and_continues_elsewhere(
 
     second = tmp_path / "second"
     down = f"--resume me/frog/runs/a/{step}-state:main:model --resume_from_huggingface --huggingface_token {TOKEN}"
-    assert main(words(tiny_model, photos, second, f"{more} {down}")) == 0
+    assert main(words(small_model, photos, second, f"{more} {down}")) == 0
     assert f"{COMMIT}/runs/a/{step}-state at step 2 of 4" in capfd.readouterr().out
     assert differences(first / "lora.safetensors", second / "lora.safetensors") == []
     again = load_run_config("train_network", ["--config_file", str(second / "lora-config.toml")]).config
@@ -100,13 +100,13 @@ def test_a_model_that_is_a_folder_arrives_and_its_state_stays(
 
 
 def test_a_refusing_hub_does_not_stop_a_training(
-    tiny_model: Path, photos: Path, tmp_path: Path, hub: Hub, caplog: pytest.LogCaptureFixture
+    small_model: Path, photos: Path, tmp_path: Path, hub: Hub, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.refuses = True
     output = tmp_path / "out"
     more = f"--max_train_steps 2 --save_every_n_steps 1 --huggingface_repo_id me/frog --huggingface_token {TOKEN}"
     with caplog.at_level(logging.WARNING):
-        assert main(words(tiny_model, photos, output, more)) == 0
+        assert main(words(small_model, photos, output, more)) == 0
     warnings = [record.getMessage() for record in caplog.records if record.name == "sd_train.uploads"]
     assert [text.split(":")[0] for text in warnings] == [
         str(output / f"lora{part}.safetensors") for part in ("-step00000001", "-step00000002", "")
@@ -120,13 +120,13 @@ def test_a_refusing_hub_does_not_stop_a_training(
     [("hf_other", "write", "the hub refuses"), (TOKEN, "read", "may only read"), ("", "write", "no token")],
 )
 def test_a_token_that_cannot_upload_ends_before_the_first_update(
-    tiny_model: Path, photos: Path, tmp_path: Path, hub: Hub, token: str, role: str, said: str,
+    small_model: Path, photos: Path, tmp_path: Path, hub: Hub, token: str, role: str, said: str,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.delenv("HF_TOKEN", raising=False)
     hub.role = role
     more = "--max_train_steps 1 --huggingface_repo_id me/frog " + (f"--huggingface_token {token}" if token else "")
-    assert main(words(tiny_model, photos, tmp_path / "out", more)) == 2
+    assert main(words(small_model, photos, tmp_path / "out", more)) == 2
     error = capsys.readouterr().err
     assert "--huggingface_repo_id = 'me/frog'" in error
     assert said in error
@@ -222,14 +222,14 @@ def test_places_on_the_hub() -> None:
         ("--huggingface_token hf_one hf_two", "--huggingface_token = '***': takes one value"),
     ],
 )
-def test_wrong_options(tiny_model: Path, photos: Path, tmp_path: Path, more: str, said: str) -> None:
+def test_wrong_options(small_model: Path, photos: Path, tmp_path: Path, more: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_run_config("train_network", words(tiny_model, photos, tmp_path / "out", more))
+        load_run_config("train_network", words(small_model, photos, tmp_path / "out", more))
     assert said in str(caught.value)
     assert "hf_one" not in str(caught.value)
 
 
-def test_options_without_effect(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+def test_options_without_effect(small_model: Path, photos: Path, tmp_path: Path) -> None:
     more = "--async_upload --save_state_to_huggingface --resume_from_huggingface --huggingface_repo_visibility public"
-    loaded = load_run_config("train_network", words(tiny_model, photos, tmp_path / "out", more))
+    loaded = load_run_config("train_network", words(small_model, photos, tmp_path / "out", more))
     assert sorted(warning.split()[0] for warning in loaded.warnings) == sorted(more.replace(" public", "").split())

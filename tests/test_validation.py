@@ -170,11 +170,11 @@ def planned(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> dic
     "more", ["--network_dropout 0.2 --use_ema --cache_latents", "--optimizer_type AdamWScheduleFree"]
 )
 def test_it_changes_no_training(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str
 ) -> None:
     options = f"--max_train_steps 5 --learning_rate 1e-2 {more}"
-    validated = train(tiny_model, photos, tmp_path / "with", f"{options} --logging_dir {tmp_path / 'logs'}")
-    plan = planned(capsys, words(tiny_model, photos, tmp_path / "other", options))
+    validated = train(small_model, photos, tmp_path / "with", f"{options} --logging_dir {tmp_path / 'logs'}")
+    plan = planned(capsys, words(small_model, photos, tmp_path / "other", options))
     (kept,) = plan["validation"]  # type: ignore[misc]
     # The others alone, without validation.
     shutil.copytree(PHOTOS, tmp_path / "photos")
@@ -183,7 +183,7 @@ def test_it_changes_no_training(
             file.unlink()
     rest = tmp_path / "rest.toml"
     rest.write_text(photos.read_text().replace(str(PHOTOS), str(tmp_path / "photos")).replace(SPLIT, ""))
-    plain = train(tiny_model, rest, tmp_path / "without", options)
+    plain = train(small_model, rest, tmp_path / "without", options)
     assert differences(validated, plain) == []
 
     curves = scalars(tmp_path / "logs")
@@ -211,17 +211,17 @@ def lowest(curve: Sequence[tuple[int, float]]) -> int:
 
 
 def test_the_best_is_kept_and_resumed(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # So high a rate that the loss soon rises again.
     more = "--max_train_steps 4 --learning_rate 0.05 --save_every_n_steps 1 --save_state --use_ema --save_best"
     more += " --validate_every_n_steps 1 --validation_timesteps 2 --min_timestep 300 --network_train_unet_only"
-    plan = planned(capsys, words(tiny_model, photos, tmp_path / "run", more))
-    assert sd_train(["plan", "train_network", *words(tiny_model, photos, tmp_path / "run", more)]) == 0
+    plan = planned(capsys, words(small_model, photos, tmp_path / "run", more))
+    assert sd_train(["plan", "train_network", *words(small_model, photos, tmp_path / "run", more)]) == 0
     shown = capsys.readouterr().out
     assert "validations: 5, each image at 2 timesteps" in shown
     assert "lora-best.safetensors and lora-best-ema.safetensors whenever the validation loss" in shown
-    run = train(tiny_model, photos, tmp_path / "run", f"{more} --logging_dir {tmp_path / 'logs'}").parent
+    run = train(small_model, photos, tmp_path / "run", f"{more} --logging_dir {tmp_path / 'logs'}").parent
     said = capsys.readouterr()
     curve = scalars(tmp_path / "logs")["loss/validation"]
     assert not {"loss/validation/t000-099", "loss/validation/t200-299"} & scalars(tmp_path / "logs").keys()
@@ -243,7 +243,7 @@ def test_the_best_is_kept_and_resumed(
     ]
     assert noted[1]["best_step"] == best
     assert noted[1]["best"] == pytest.approx(dict(curve)[best], rel=1e-6)
-    rest = train(tiny_model, photos, tmp_path / "rest", f"{more} --resume {run / 'lora-step00000002-state'} "
+    rest = train(small_model, photos, tmp_path / "rest", f"{more} --resume {run / 'lora-step00000002-state'} "
                  f"--logging_dir {tmp_path / 'logs2'}").parent  # fmt: skip
     # It goes on where it stood: nothing is validated twice, and only what is lower than before is kept.
     assert scalars(tmp_path / "logs2")["loss/validation"] == curve[3:]
@@ -254,23 +254,23 @@ def test_the_best_is_kept_and_resumed(
 
 
 def test_patience_ends_the_training(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # With rate 0 no loss is a new lowest after the first.
     more = "--max_train_steps 9 --learning_rate 0 --validate_every_n_steps 1 --max_validation_steps 1 --save_state"
-    run = train(tiny_model, photos, tmp_path / "run", f"{more} --validation_patience 2 --save_every_n_steps 2").parent
+    run = train(small_model, photos, tmp_path / "run", f"{more} --validation_patience 2 --save_every_n_steps 2").parent
     said = capsys.readouterr().err
     assert "the training ends after update 3 of 9: 2 validations in a row were no new lowest" in said
     assert json.loads((run / "lora-state" / "progress.json").read_text())["progress"]["step"] == 3
     # A state remembers what it has waited for.
     state = run / "lora-step00000002-state"
     assert json.loads((state / "progress.json").read_text())["progress"]["extra"]["validation"]["misses"] == 1
-    train(tiny_model, photos, tmp_path / "rest", f"{more} --validation_patience 3 --resume {state}")
+    train(small_model, photos, tmp_path / "rest", f"{more} --validation_patience 3 --resume {state}")
     said = capsys.readouterr().err
     assert "the training ends after update 4 of 9: 3 validations" in said
     assert "looked for anew" not in said
     # Losses of another set do not compare.
-    train(tiny_model, photos, tmp_path / "other", f"{more.replace('steps 9', 'steps 4')} --validation_patience 2 "
+    train(small_model, photos, tmp_path / "other", f"{more.replace('steps 9', 'steps 4')} --validation_patience 2 "
           f"--min_timestep 400 --resume {state}")  # fmt: skip
     said = capsys.readouterr().err
     assert "the lowest loss is looked for anew" in said
@@ -278,11 +278,11 @@ def test_patience_ends_the_training(
 
 
 def test_a_loss_that_is_not_finite_is_no_lowest(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = "--max_train_steps 4 --learning_rate 1e6 --validate_every_n_steps 2 --save_best --validation_patience 1"
     output = tmp_path / "out"
-    assert main(words(tiny_model, photos, output, f"{more} --network_train_unet_only --max_validation_steps 1")) == 4
+    assert main(words(small_model, photos, output, f"{more} --network_train_unet_only --max_validation_steps 1")) == 4
     said = capsys.readouterr().err
     assert "validation after update 2: loss nan, on training images nan\n" in said
     assert "the training ends after update 2 of 4: 1 validations in a row were no new lowest" in said
@@ -300,7 +300,7 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_command_validates(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     run, more = RUNS[name]
     if name == "fine_tune":
@@ -308,7 +308,7 @@ def test_every_command_validates(
         (tmp_path / "captions.json").write_text(json.dumps(captions))
         metadata_file = f"metadata_file = {str(tmp_path / 'captions.json')!r}"
         photos = write_dataset(tmp_path / "photos.toml", dataset=SPLIT, subset=metadata_file)
-    paths = ("--pretrained_model_name_or_path", tiny_model, "--dataset_config", photos, "--output_dir", tmp_path)
+    paths = ("--pretrained_model_name_or_path", small_model, "--dataset_config", photos, "--output_dir", tmp_path)
     more += " --max_train_steps 1 --seed 1 --max_data_loader_n_workers 0 --validation_timesteps 1 --learning_rate 0.01"
     assert run([*map(str, paths), *more.split()]) == 0
     said = capsys.readouterr().err
@@ -319,20 +319,20 @@ def test_every_command_validates(
 
 
 def test_options_that_nothing_is_there_for(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = write_dataset(tmp_path / "whole.toml")
-    assert main(words(tiny_model, whole, tmp_path / "a", "--save_best --validation_patience 3")) == 2
+    assert main(words(small_model, whole, tmp_path / "a", "--save_best --validation_patience 3")) == 2
     said = capsys.readouterr().err
     assert "--save_best: no images are kept for validation" in said
     assert "--validation_patience = 3: no images are kept for validation" in said
     assert "give --validation_split 0.1" in said
     more = "--validate_every_n_steps 3 --max_validation_steps 2"
-    warnings = planned(capsys, words(tiny_model, whole, tmp_path / "b", more))["warnings"]
+    warnings = planned(capsys, words(small_model, whole, tmp_path / "b", more))["warnings"]
     for name in ("validate_every_n_steps", "max_validation_steps"):
         assert f"--{name} has no effect: no images are kept for validation (validation_split)" in warnings  # type: ignore[operator]
     more = "--validate_every_n_steps 7 --validate_every_n_epochs 9 --max_train_steps 5"
-    plan = planned(capsys, words(tiny_model, photos, tmp_path / "c", more))
+    plan = planned(capsys, words(small_model, photos, tmp_path / "c", more))
     found = plan["warnings"]
     assert any("--validate_every_n_epochs = 9 has no effect" in text for text in found)  # type: ignore[attr-defined]
     assert any("--validate_every_n_steps = 7: the training has 5 updates" in text for text in found)  # type: ignore[attr-defined]
