@@ -36,7 +36,7 @@ COMMANDS = {
     "optimizers": ("sd_train.commands.optimizers", "list what --optimizer_type can name, and its arguments"),
     "schema": ("sd_train.commands.schema", "print the JSON Schema of run or dataset files"),
     "make_tiny_model": ("sd_train.commands.make_tiny_model", "write a tiny model with random weights"),
-    "demo": ("sd_train.commands.demo", "train a LoRA on photographs that come with the package"),
+    "demo": ("sd_train.commands.demo", "teach a small model a new thing, and show it before and after"),
 }
 
 

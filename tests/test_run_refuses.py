@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sd_train.__main__ import COMMANDS
 from sd_train.__main__ import main as sd_train
@@ -24,11 +26,11 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(
-    tiny_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
     """Runs a command that must fail before it writes anything; what it says."""
 
-    def run(code: int, more: str = "", dataset: Path = photos, model: Path = tiny_model) -> str:
+    def run(code: int, more: str = "", dataset: Path = photos, model: Path = small_model) -> str:
         output = tmp_path / "refused"
         before = tree(output) if output.exists() else None
         capsys.readouterr()
@@ -56,18 +58,18 @@ def copied(folder: Path, images: bool = True, captions: str | None = ".txt") -> 
     return dataset
 
 
-def test_another_runs_files(tiny_model: Path, photos: Path, tmp_path: Path, refused: Refused) -> None:
+def test_another_runs_files(small_model: Path, photos: Path, tmp_path: Path, refused: Refused) -> None:
     output = tmp_path / "refused"
-    old = train(tiny_model, photos, output, "--max_train_steps 1 --save_state")
+    old = train(small_model, photos, output, "--max_train_steps 1 --save_state")
     said = refused(2)
     for part in ("lora.safetensors", "lora-state", "--overwrite", "--resume latest", "--output_name"):
         assert part in said
     # Another name has nothing to do with them; --overwrite replaces them.
     name = "--max_train_steps 1 --output_name"
-    assert main(words(tiny_model, photos, output, f"{name} other")) == 0
-    fresh = train(tiny_model, photos, tmp_path / "fresh", "--max_train_steps 2")
+    assert main(words(small_model, photos, output, f"{name} other")) == 0
+    fresh = train(small_model, photos, tmp_path / "fresh", "--max_train_steps 2")
     assert differences(old, fresh) != []
-    assert differences(train(tiny_model, photos, output, "--max_train_steps 2 --overwrite"), fresh) == []
+    assert differences(train(small_model, photos, output, "--max_train_steps 2 --overwrite"), fresh) == []
 
 
 def test_no_images(tmp_path: Path, refused: Refused) -> None:
@@ -78,15 +80,15 @@ def test_no_images(tmp_path: Path, refused: Refused) -> None:
     assert "it holds 6 other files" in said
 
 
-def test_no_captions(tiny_model: Path, tmp_path: Path, refused: Refused) -> None:
+def test_no_captions(small_model: Path, tmp_path: Path, refused: Refused) -> None:
     dataset = copied(tmp_path / "bare", captions=None)
     said = refused(3, dataset=dataset)
     assert "6 of 6 images" in said
     assert "class_tokens" in said
     assert "--allow_missing_captions" in said
-    lora = train(tiny_model, dataset, tmp_path / "allowed", "--max_train_steps 1 --allow_missing_captions")
+    lora = train(small_model, dataset, tmp_path / "allowed", "--max_train_steps 1 --allow_missing_captions")
     dataset.write_text(dataset.read_text() + 'class_tokens = "photo"\n')
-    named = train(tiny_model, dataset, tmp_path / "named", "--max_train_steps 1")
+    named = train(small_model, dataset, tmp_path / "named", "--max_train_steps 1")
     assert differences(lora, named) != []
 
 
@@ -157,19 +159,21 @@ def test_all_problems_come_at_once(tmp_path: Path, refused: Refused) -> None:
 
 
 def test_a_finished_run_and_another_base_model(
-    tiny_model: Path, photos: Path, tmp_path: Path, refused: Refused
+    small_model: Path, photos: Path, tmp_path: Path, refused: Refused
 ) -> None:
-    train(tiny_model, photos, tmp_path / "run", "--max_train_steps 2 --save_state")
+    train(small_model, photos, tmp_path / "run", "--max_train_steps 2 --save_state")
     state = tmp_path / "run" / "lora-state"
     said = refused(2, f"--resume {state}")
     assert f"--resume = {state}: stands at step 2 and the training ends at 2" in said
     assert "--max_train_steps" in said
     other = tmp_path / "other.safetensors"
-    assert sd_train(["make_tiny_model", str(other), "--seed", "1"]) == 0
+    weights = load_file(small_model)
+    name = next(name for name in weights if name.endswith("out.2.weight"))
+    save_file(weights | {name: weights[name] * 1.01}, other)
     said = refused(3, f"--resume {state} --max_train_epochs 3", model=other)
     assert "was trained on another base model" in said
     # A copy of the same model under another name is the same model.
-    shutil.copy(tiny_model, other)
+    shutil.copy(small_model, other)
     train(other, photos, tmp_path / "again", f"--resume {state} --max_train_steps 3")
 
 
@@ -217,17 +221,21 @@ def test_the_demonstration_says_where_everything_is(tmp_path: Path, capsys: pyte
     places = {
         name: Path(line.partition(":")[2].partition("  (")[0].strip())
         for line in capsys.readouterr().out.splitlines()
-        for name in ("LoRA", "samples", "TensorBoard")
+        for name in ("LoRA", "samples", "TensorBoard", "picture")
         if line.startswith(name + ":")
     }
     assert places["LoRA"] == output / "demo.safetensors"
     assert places["LoRA"].is_file()
-    assert len(list(places["samples"].glob("*.png"))) == 6
+    # Eight prompts before and after.
+    assert len(list(places["samples"].glob("*.png"))) == 16
+    with Image.open(places["picture"]) as shown:
+        assert shown.width > 8 * 128
+        assert shown.height > 3 * 128
     assert list(places["TensorBoard"].rglob("events.out.tfevents.*"))
 
 
 def test_an_image_that_breaks_off_names_the_ways_to_find_all(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "photos"
     shutil.copytree(PHOTOS, folder)
@@ -235,7 +243,7 @@ def test_an_image_that_breaks_off_names_the_ways_to_find_all(
     broken.write_bytes(broken.read_bytes()[:-4000])
     dataset = write_dataset(tmp_path / "d.toml")
     dataset.write_text(dataset.read_text().replace(str(PHOTOS), str(folder)))
-    arguments = words(tiny_model, dataset, tmp_path / "out", "--max_train_epochs 1 --cache_latents")
+    arguments = words(small_model, dataset, tmp_path / "out", "--max_train_epochs 1 --cache_latents")
     assert main(arguments) == 3
     said = capsys.readouterr().err
     assert str(broken) in said

@@ -31,7 +31,7 @@ USAGE = """\
 usage: python tools/dev.py COMMAND
 
   setup            make .venv beside pyproject.toml and install the pinned dependencies and the package into it
-  demo [OPTIONS]   setup, then train a LoRA on the photographs that ship with the package (OPTIONS go to the demo)
+  demo [OPTIONS]   setup, then teach the model that ships with the package a new thing (OPTIONS go to the demo)
   test [-- ARGS]   setup, then ruff, mypy and pytest (ARGS go to pytest)
 """
 

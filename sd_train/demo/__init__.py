@@ -1,1 +1,1 @@
-"""The demo: small real photographs and a tiny model."""
+"""The demonstration: a small model of drawn shapes, pictures of a new shape, and small real photographs."""
