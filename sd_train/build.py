@@ -17,7 +17,7 @@ from sd_train.build_objective import denoise_settings
 from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
 from sd_train.build_trainable import export_of, make_trainable
 from sd_train.build_validation import make_validation
-from sd_train.checkpoint import Checkpoint, Intervals
+from sd_train.checkpoint import Checkpoint
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
@@ -38,6 +38,7 @@ from sd_train.plan import Prepared, plan_fingerprint, prepare
 from sd_train.plan_data import draw_function, draw_settings, model_request, text_options, written_folders
 from sd_train.plan_network import told_numbers
 from sd_train.plan_optimizer import eight_bit_state
+from sd_train.plan_outputs import save_rules
 from sd_train.plan_report import describe, disk_warnings
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
@@ -258,10 +259,7 @@ def _make_checkpoint(
     vae = None if model.vae is None else Path(model.vae)
     base = describe_base(Path(model.pretrained_model_name_or_path), vae) if is_main else {}
     facts = _facts(prepared, family, parts.optimizer)
-    saving = config.saving
-    intervals = Intervals(
-        saving.save_every_n_steps, saving.save_every_n_epochs, saving.save_state, saving.save_state_on_train_end
-    )
+    intervals, retention = save_rules(config.saving, prepared.plan.epochs)
     return Checkpoint(
         prepared.names,
         intervals,
@@ -272,6 +270,7 @@ def _make_checkpoint(
         is_main,
         export_of(prepared, family),
         None if uploader is None else uploader.saved,
+        retention,
     )
 
 

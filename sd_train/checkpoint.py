@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,12 +14,15 @@ from torch import Tensor
 from sd_train.errors import RunError
 from sd_train.files import write_tensors
 from sd_train.lora_files.writing import to_diffusers
-from sd_train.names import FileNames
+from sd_train.names import FileNames, Moment
 from sd_train.optim.inference import InferenceWeights
 from sd_train.report import Report
+from sd_train.retention import Retention
 from sd_train.state import StateParts, save_state
 from sd_train.trainables.base import Trainable
 from sd_train.types import Progress
+
+logger = logging.getLogger(__name__)
 
 Export = Callable[[Trainable, Path, Mapping[str, str], Mapping[str, Tensor] | None], None]
 """Writes a trainable's weights, or other tensors of the same names, with metadata."""
@@ -52,20 +57,19 @@ class Intervals:
     state: bool
     """`--save_state`: a state beside every model file."""
     state_at_end: bool
+    every_n_minutes: float | None = None
 
-    def stems(self, names: FileNames, progress: Progress, end_epoch: int) -> list[str]:
-        """The saves that are due after an update; the last epoch is only saved as the final file."""
-        stems = []
-        if self.every_n_steps and progress.step % self.every_n_steps == 0:
-            stems.append(names.at_step(progress.step))
-        at_epoch_end = progress.index == 0 and progress.step > 0
-        due = self.every_n_epochs and at_epoch_end and progress.epoch % self.every_n_epochs == 0
-        if due and progress.epoch < end_epoch:
-            stems.append(names.at_epoch(progress.epoch))
-        return stems
+    def at_step(self, progress: Progress) -> bool:
+        """Whether an update's save is due."""
+        return bool(self.every_n_steps) and progress.step % (self.every_n_steps or 1) == 0
+
+    def at_epoch(self, progress: Progress, end_epoch: int) -> bool:
+        """Whether an epoch's save is due; the last one is only saved as the final file."""
+        ended = progress.index == 0 and progress.step > 0 and progress.epoch < end_epoch
+        return bool(self.every_n_epochs) and ended and progress.epoch % (self.every_n_epochs or 1) == 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
     """Writes what is due after an update."""
 
@@ -80,11 +84,33 @@ class Checkpoint:
     """How the model file is written."""
     saved: Callable[[Sequence[Path], Path | None], None] | None = None
     """Told of the models (files or folders) and of the state of each save, as uploads are."""
+    retention: Retention = field(default_factory=Retention)
+    clock: Callable[[], float] = time.monotonic
+    """Seconds, for `--save_every_n_minutes`."""
+    last_saved: float | None = field(default=None, init=False)
+    """By the clock; None before the first update of this process."""
 
     def __call__(self, progress: Progress) -> None:
-        """Save where it is due."""
-        for stem in self.intervals.stems(self.names, progress, self.end_epoch):
-            self.save(stem, progress, state=self.intervals.state)
+        """Save where it is due, then delete what is old."""
+        # Only the first process saves, so only its clock counts.
+        if not self.is_main:
+            return
+        if self.last_saved is None:
+            self.last_saved = self.clock()
+        at_step, at_epoch = self.intervals.at_step(progress), self.intervals.at_epoch(progress, self.end_epoch)
+        minutes = self.intervals.every_n_minutes
+        passed = minutes is not None and self.clock() - self.last_saved >= 60 * minutes
+        if at_step or (passed and not at_epoch):
+            self._regular(self.names.at_step(progress.step), progress, ("step", progress.step))
+        if at_epoch:
+            self._regular(self.names.at_epoch(progress.epoch), progress, ("epoch", progress.epoch))
+
+    def _regular(self, stem: str, progress: Progress, moment: Moment) -> None:
+        self.save(stem, progress, state=self.intervals.state)
+        self.last_saved = self.clock()
+        gone = self.retention.delete(self.names, moment, logger.warning)
+        if gone:
+            self.report.message(f"deleted {', '.join(path.name for path in gone)}")
 
     def save(self, stem: str, progress: Progress, *, state: bool) -> None:
         """Write the model file, and a state if asked."""

@@ -47,6 +47,7 @@ LAYERS: dict[str, int] = {
     "samplers.py": 4,
     "lora_files/*": 4,
     "names.py": 4,
+    "retention.py": 4,
     "state.py": 4,
     "validate.py": 4,
     "report*.py": 4,
