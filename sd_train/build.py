@@ -21,6 +21,7 @@ from sd_train.checkpoint import Checkpoint
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
+from sd_train.control import Control
 from sd_train.device import Updater
 from sd_train.errors import DataError, ImageError, RunError, UserError
 from sd_train.families.base import Family
@@ -218,13 +219,15 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
         if config.saving.overwrite and prepared.resume is None:
             prepared.names.remove_existing()
         write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
+    control = _make_control(prepared, report)
     agree = device.any if device.world > 1 else None
     with uploader or nullcontext(), report, Guard(agree) as guard:
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
             report, preview, checkpoint, guard, make_norms(config, groups, report),
-            validation,
+            validation, control,
         )  # fmt: skip
+        control.clear()
         try:
             train(training)
         except (DataError, RuntimeError, MemoryError) as problem:
@@ -272,6 +275,12 @@ def _make_checkpoint(
         None if uploader is None else uploader.saved,
         retention,
     )
+
+
+def _make_control(prepared: Prepared, report: Report) -> Control:
+    device = prepared.device
+    share = device.shared if device.world > 1 else None
+    return Control(Path(prepared.config.saving.output_dir) / "control", report.message, device.is_main, share)
 
 
 def _make_ema(prepared: Prepared, trainable: Trainable) -> Ema | None:

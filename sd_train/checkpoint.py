@@ -138,6 +138,10 @@ class Checkpoint:
             with self.report.untimed():
                 self.saved(models, written)
 
+    def now(self, progress: Progress) -> None:
+        """A model file and a state, because somebody asks for them."""
+        self.save(self.names.at_step(progress.step), progress, state=True)
+
     def best(self, progress: Progress) -> None:
         """The file of the lowest validation loss, in place of the one before; states belong to the regular saves."""
         self.save(self.names.best, progress, state=False)

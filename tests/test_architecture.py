@@ -41,6 +41,7 @@ LAYERS: dict[str, int] = {
     "memory.py": 3,
     "kernels/*": 3,
     "checkpoint.py": 4,
+    "control.py": 4,
     "guard.py": 4,
     "drawing.py": 4,
     "preview*.py": 4,
