@@ -59,14 +59,16 @@ class Intervals:
     state_at_end: bool
     every_n_minutes: float | None = None
 
-    def at_step(self, progress: Progress) -> bool:
-        """Whether an update's save is due."""
-        return bool(self.every_n_steps) and progress.step % (self.every_n_steps or 1) == 0
-
-    def at_epoch(self, progress: Progress, end_epoch: int) -> bool:
-        """Whether an epoch's save is due; the last one is only saved as the final file."""
-        ended = progress.index == 0 and progress.step > 0 and progress.epoch < end_epoch
-        return bool(self.every_n_epochs) and ended and progress.epoch % (self.every_n_epochs or 1) == 0
+    def due(self, progress: Progress, end_epoch: int) -> list[Moment]:
+        """The saves that are due after an update, whatever the clock says; the last epoch is the final file alone."""
+        moments: list[Moment] = []
+        if self.every_n_steps and progress.step % self.every_n_steps == 0:
+            moments.append(("step", progress.step))
+        at_epoch_end = progress.index == 0 and progress.step > 0
+        due = self.every_n_epochs and at_epoch_end and progress.epoch % self.every_n_epochs == 0
+        if due and progress.epoch < end_epoch:
+            moments.append(("epoch", progress.epoch))
+        return moments
 
 
 @dataclass
@@ -97,20 +99,14 @@ class Checkpoint:
             return
         if self.last_saved is None:
             self.last_saved = self.clock()
-        at_step, at_epoch = self.intervals.at_step(progress), self.intervals.at_epoch(progress, self.end_epoch)
-        minutes = self.intervals.every_n_minutes
-        passed = minutes is not None and self.clock() - self.last_saved >= 60 * minutes
-        if at_step or (passed and not at_epoch):
-            self._regular(self.names.at_step(progress.step), progress, ("step", progress.step))
-        if at_epoch:
-            self._regular(self.names.at_epoch(progress.epoch), progress, ("epoch", progress.epoch))
-
-    def _regular(self, stem: str, progress: Progress, moment: Moment) -> None:
-        self.save(stem, progress, state=self.intervals.state)
-        self.last_saved = self.clock()
-        gone = self.retention.delete(self.names, moment, logger.warning)
-        if gone:
-            self.report.message(f"deleted {', '.join(path.name for path in gone)}")
+        due, minutes = self.intervals.due(progress, self.end_epoch), self.intervals.every_n_minutes
+        if not due and minutes is not None and self.clock() - self.last_saved >= 60 * minutes:
+            due = [("step", progress.step)]
+        for moment in due:
+            self.save(self.names.stem(moment), progress, state=self.intervals.state)
+            self.last_saved = self.clock()
+            if gone := self.retention.delete(self.names, moment, logger.warning):
+                self.report.message(f"deleted {', '.join(path.name for path in gone)}")
 
     def save(self, stem: str, progress: Progress, *, state: bool) -> None:
         """Write the model file, and a state if asked."""

@@ -77,6 +77,10 @@ class FileNames:
         stems.append(re.escape(self.name or "epoch") + r"-\d{6}")
         return re.compile(f"(?:{'|'.join(stems)})(?:(?:-ema)?{re.escape(extension)}|-state)")
 
+    def stem(self, moment: Moment) -> str:
+        """The name, without extension, of a save."""
+        return self.at_step(moment[1]) if moment[0] == "step" else self.at_epoch(moment[1])
+
     def moment(self, path: Path) -> Moment | None:
         """The update or epoch whose save is at `path`, as its name tells; None for other files and for the last one."""
         if found := re.match(re.escape(self.name or "at") + r"-step(\d{8})(?!\d)", path.name):
