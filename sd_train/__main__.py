@@ -35,6 +35,7 @@ COMMANDS = {
     "cache": ("sd_train.commands.cache", "inspect, verify or clean the caches on disk"),
     "optimizers": ("sd_train.commands.optimizers", "list what --optimizer_type can name, and its arguments"),
     "schema": ("sd_train.commands.schema", "print the JSON Schema of run or dataset files"),
+    "env": ("sd_train.commands.env", "say what a bug report needs to know about this machine"),
     "make_tiny_model": ("sd_train.commands.make_tiny_model", "write a tiny model with random weights"),
     "demo": ("sd_train.commands.demo", "teach a small model a new thing, and show it before and after"),
 }

@@ -17,10 +17,11 @@ from sd_train.build_objective import denoise_settings
 from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
 from sd_train.build_trainable import export_of, make_trainable
 from sd_train.build_validation import make_validation
-from sd_train.checkpoint import Checkpoint, Intervals
+from sd_train.checkpoint import Checkpoint
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
+from sd_train.control import Control
 from sd_train.device import Updater
 from sd_train.errors import DataError, ImageError, RunError, UserError
 from sd_train.families.base import Family
@@ -38,6 +39,7 @@ from sd_train.plan import Prepared, plan_fingerprint, prepare
 from sd_train.plan_data import draw_function, draw_settings, model_request, text_options, written_folders
 from sd_train.plan_network import told_numbers
 from sd_train.plan_optimizer import eight_bit_state
+from sd_train.plan_outputs import save_rules
 from sd_train.plan_report import describe, disk_warnings
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
@@ -217,13 +219,15 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
         if config.saving.overwrite and prepared.resume is None:
             prepared.names.remove_existing()
         write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
+    control = _make_control(prepared, report)
     agree = device.any if device.world > 1 else None
     with uploader or nullcontext(), report, Guard(agree) as guard:
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
             report, preview, checkpoint, guard, make_norms(config, groups, report),
-            validation,
+            validation, control,
         )  # fmt: skip
+        control.clear()
         try:
             train(training)
         except (DataError, RuntimeError, MemoryError) as problem:
@@ -258,10 +262,7 @@ def _make_checkpoint(
     vae = None if model.vae is None else Path(model.vae)
     base = describe_base(Path(model.pretrained_model_name_or_path), vae) if is_main else {}
     facts = _facts(prepared, family, parts.optimizer)
-    saving = config.saving
-    intervals = Intervals(
-        saving.save_every_n_steps, saving.save_every_n_epochs, saving.save_state, saving.save_state_on_train_end
-    )
+    intervals, retention = save_rules(config.saving, prepared.plan.epochs)
     return Checkpoint(
         prepared.names,
         intervals,
@@ -272,7 +273,14 @@ def _make_checkpoint(
         is_main,
         export_of(prepared, family),
         None if uploader is None else uploader.saved,
+        retention,
     )
+
+
+def _make_control(prepared: Prepared, report: Report) -> Control:
+    device = prepared.device
+    share = device.shared if device.world > 1 else None
+    return Control(Path(prepared.config.saving.output_dir) / "control", report.message, device.is_main, share)
 
 
 def _make_ema(prepared: Prepared, trainable: Trainable) -> Ema | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,12 +14,15 @@ from torch import Tensor
 from sd_train.errors import RunError
 from sd_train.files import write_tensors
 from sd_train.lora_files.writing import to_diffusers
-from sd_train.names import FileNames
+from sd_train.names import FileNames, Moment
 from sd_train.optim.inference import InferenceWeights
 from sd_train.report import Report
+from sd_train.retention import Retention
 from sd_train.state import StateParts, save_state
 from sd_train.trainables.base import Trainable
 from sd_train.types import Progress
+
+logger = logging.getLogger(__name__)
 
 Export = Callable[[Trainable, Path, Mapping[str, str], Mapping[str, Tensor] | None], None]
 """Writes a trainable's weights, or other tensors of the same names, with metadata."""
@@ -52,20 +57,21 @@ class Intervals:
     state: bool
     """`--save_state`: a state beside every model file."""
     state_at_end: bool
+    every_n_minutes: float | None = None
 
-    def stems(self, names: FileNames, progress: Progress, end_epoch: int) -> list[str]:
-        """The saves that are due after an update; the last epoch is only saved as the final file."""
-        stems = []
+    def due(self, progress: Progress, end_epoch: int) -> list[Moment]:
+        """The saves that are due after an update, whatever the clock says; the last epoch is the final file alone."""
+        moments: list[Moment] = []
         if self.every_n_steps and progress.step % self.every_n_steps == 0:
-            stems.append(names.at_step(progress.step))
+            moments.append(("step", progress.step))
         at_epoch_end = progress.index == 0 and progress.step > 0
         due = self.every_n_epochs and at_epoch_end and progress.epoch % self.every_n_epochs == 0
         if due and progress.epoch < end_epoch:
-            stems.append(names.at_epoch(progress.epoch))
-        return stems
+            moments.append(("epoch", progress.epoch))
+        return moments
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoint:
     """Writes what is due after an update."""
 
@@ -80,11 +86,27 @@ class Checkpoint:
     """How the model file is written."""
     saved: Callable[[Sequence[Path], Path | None], None] | None = None
     """Told of the models (files or folders) and of the state of each save, as uploads are."""
+    retention: Retention = field(default_factory=Retention)
+    clock: Callable[[], float] = time.monotonic
+    """Seconds, for `--save_every_n_minutes`."""
+    last_saved: float | None = field(default=None, init=False)
+    """By the clock; None before the first update of this process."""
 
     def __call__(self, progress: Progress) -> None:
-        """Save where it is due."""
-        for stem in self.intervals.stems(self.names, progress, self.end_epoch):
-            self.save(stem, progress, state=self.intervals.state)
+        """Save where it is due, then delete what is old."""
+        # Only the first process saves, so only its clock counts.
+        if not self.is_main:
+            return
+        if self.last_saved is None:
+            self.last_saved = self.clock()
+        due, minutes = self.intervals.due(progress, self.end_epoch), self.intervals.every_n_minutes
+        if not due and minutes is not None and self.clock() - self.last_saved >= 60 * minutes:
+            due = [("step", progress.step)]
+        for moment in due:
+            self.save(self.names.stem(moment), progress, state=self.intervals.state)
+            self.last_saved = self.clock()
+            if gone := self.retention.delete(self.names, moment, logger.warning):
+                self.report.message(f"deleted {', '.join(path.name for path in gone)}")
 
     def save(self, stem: str, progress: Progress, *, state: bool) -> None:
         """Write the model file, and a state if asked."""
@@ -111,6 +133,10 @@ class Checkpoint:
         if self.saved is not None:
             with self.report.untimed():
                 self.saved(models, written)
+
+    def now(self, progress: Progress) -> None:
+        """A model file and a state, because somebody asks for them."""
+        self.save(self.names.at_step(progress.step), progress, state=True)
 
     def best(self, progress: Progress) -> None:
         """The file of the lowest validation loss, in place of the one before; states belong to the regular saves."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from sd_train.checkpoint import Checkpoint
+from sd_train.control import Control, Order
 from sd_train.data.batches import Updates
 from sd_train.device import Updater
 from sd_train.guard import Guard
@@ -41,6 +43,7 @@ class Training:
     guard: Guard
     norms: Norms | None = None
     validate: Validation | None = None
+    control: Control | None = None
 
 
 def train(run: Training) -> bool:
@@ -88,8 +91,24 @@ def train(run: Training) -> bool:
         run.checkpoint(progress)
         if run.validate is not None and run.validate.gives_up:
             break
-        if progress.step < run.end and run.guard.should_stop(progress.step):
+        stop = run.control is not None and follow(run, run.control, run.control.orders(progress.step))
+        if progress.step < run.end and (stop or run.guard.should_stop(progress.step)):
             run.checkpoint.interrupted(progress)
             return False
     run.checkpoint.finish(progress)
     return True
+
+
+def follow(run: Training, control: Control, orders: Sequence[Order]) -> bool:
+    """Do what the control file says after an update; whether the run is to stop."""
+    progress = run.progress
+    if "pause" in orders:
+        with run.report.untimed():
+            orders = [*orders, *control.wait(progress.step, lambda: run.guard.stop_requested)]
+    if "save" in orders:
+        run.checkpoint.now(progress)
+    if "sample" in orders and run.preview is not None:
+        run.preview.now(progress)
+    elif "sample" in orders:
+        run.report.message("no sample pictures: --sample_prompts is not given")
+    return "stop" in orders

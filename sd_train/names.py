@@ -6,11 +6,15 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sd_train.errors import RunError
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt", "")
 """Of models in all forms; the last is that of folders."""
+
+Moment = tuple[Literal["step", "epoch"], int]
+"""Of a save: an update or an epoch, from 1."""
 
 _OF_FOLDERS = ("manifest.json", "progress.json", "model_index.json")
 """The first two are in states, the last one in model folders."""
@@ -72,6 +76,18 @@ class FileNames:
         stems = [re.escape(self.last), re.escape(self.best), re.escape(self.name or "at") + r"-step\d{8}"]
         stems.append(re.escape(self.name or "epoch") + r"-\d{6}")
         return re.compile(f"(?:{'|'.join(stems)})(?:(?:-ema)?{re.escape(extension)}|-state)")
+
+    def stem(self, moment: Moment) -> str:
+        """The name, without extension, of a save."""
+        return self.at_step(moment[1]) if moment[0] == "step" else self.at_epoch(moment[1])
+
+    def moment(self, path: Path) -> Moment | None:
+        """The update or epoch whose save is at `path`, as its name tells; None for other files and for the last one."""
+        if found := re.match(re.escape(self.name or "at") + r"-step(\d{8})(?!\d)", path.name):
+            return "step", int(found[1])
+        if found := re.match(re.escape(self.name or "epoch") + r"-(\d{6})(?!\d)", path.name):
+            return "epoch", int(found[1])
+        return None
 
     def replaced(self) -> list[Path]:
         """Those of `existing` that a run of this form writes in the place of."""

@@ -1,4 +1,4 @@
-"""What logs and uploads need, looked at before the model is loaded."""
+"""What saves, logs and uploads need, looked at before the model is loaded."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from sd_train.checkpoint import Intervals
 from sd_train.config.options import RunConfig
+from sd_train.config.output_options import SavingOptions
 from sd_train.names import FileNames
 from sd_train.report_wandb import WandbRun, check_arguments, is_installed, missing_key, read_arguments
+from sd_train.retention import Retention
 from sd_train.state import find_state
 from sd_train.uploads import HubTarget, download_state
 
@@ -20,6 +23,28 @@ TRACKERS = {
     "train_textual_inversion": "textual_inversion",
 }
 """sd-scripts' folder of the curves inside `--logging_dir`, and its project in wandb, by command."""
+
+
+def epoch_interval(saving: SavingOptions, epochs: int) -> int | None:
+    """After how many epochs a run of `epochs` saves; None: not by epochs."""
+    ratio = saving.save_n_epoch_ratio
+    return saving.save_every_n_epochs if ratio is None else max(1, epochs // ratio)
+
+
+def save_rules(saving: SavingOptions, epochs: int) -> tuple[Intervals, Retention]:
+    """When a run of `epochs` saves, and which saves it keeps."""
+    every = epoch_interval(saving, epochs)
+    models, states = saving.save_last_n_epochs, saving.save_last_n_epochs_state or saving.save_last_n_epochs
+    intervals = Intervals(
+        saving.save_every_n_steps, every, saving.save_state, saving.save_state_on_train_end, saving.save_every_n_minutes
+    )
+    retention = Retention(
+        None if every is None or models is None else every * models,
+        None if every is None or states is None else every * states,
+        saving.save_last_n_steps,
+        saving.save_last_n_steps_state or saving.save_last_n_steps,
+    )
+    return intervals, retention
 
 
 def wandb_run(config: RunConfig, warn: Callable[[str], None]) -> WandbRun | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from sd_train.data.shards import UNIT
 from sd_train.families.parts import read_model
 from sd_train.families.sizes import model_sizes
 from sd_train.files import nearest_folder
+from sd_train.names import Moment
 from sd_train.optim.optimizers import chooses_rate, find_optimizer
 from sd_train.plan import Plan, Prepared
 from sd_train.plan_data import caches_latents, caches_texts, model_request, written_folders
 from sd_train.plan_network import network_sizes
 from sd_train.plan_optimizer import describe_state
+from sd_train.plan_outputs import epoch_interval, save_rules
 from sd_train.plan_points import epoch_ends, multiples
 from sd_train.plan_validation import describe_validation
 from sd_train.plan_words import word_numbers
@@ -176,7 +179,7 @@ def outputs(prepared: Prepared) -> Outputs:
     saving = config.saving
     weights, size = _sizes(prepared)
     start, total = prepared.progress.step, plan.total_steps
-    ends = epoch_ends(prepared, saving.save_every_n_epochs)
+    ends = epoch_ends(prepared, epoch_interval(saving, plan.epochs))
     saves = []
     for update in sorted({*multiples(saving.save_every_n_steps, start, total), *ends, total}):
         stems = [names.at_step(update)] if _due(update, saving.save_every_n_steps) else []
@@ -191,11 +194,11 @@ def outputs(prepared: Prepared) -> Outputs:
             saves.append(Save(names.model(stem), update, size, names.state(stem) if state else None, average))
     previews = _previews(prepared) if prepared.prompts else []
     # A state holds the weights and, for most optimizers, two more numbers for each, in float32; and the average.
-    states = sum(1 for save in saves if save.state is not None)
     averages = int(config.ema.use_ema)
     disk = None
     if size is not None and weights is not None:
-        files = (len(saves) + int(config.validation.save_best)) * (1 + averages)
+        models, states = _most_at_once(prepared, saves)
+        files = (models + int(config.validation.save_best)) * (1 + averages)
         disk = files * size + states * weights * (12 + 4 * averages)
     cached = caches_latents(config) and config.dataset.cache_latents_to_disk
     return Outputs(
@@ -206,6 +209,22 @@ def outputs(prepared: Prepared) -> Outputs:
         cache_bytes=(sum(map(_latent_bytes, plan.indexes)) if cached else 0)
         + _text_bytes(prepared),
     )
+
+
+def _most_at_once(prepared: Prepared, saves: Sequence[Save]) -> tuple[int, int]:
+    """The most models and states of this run that lie on the disk together; old ones go when new ones are whole."""
+    _, retention = save_rules(prepared.config.saving, prepared.plan.epochs)
+    kept: dict[bool, list[Moment | None]] = {False: [], True: []}
+    most = {False: 0, True: 0}
+    for save in saves:
+        moment = prepared.names.moment(save.path)
+        for state in (False, True) if save.state is not None else (False,):
+            kept[state].append(moment)
+            most[state] = max(most[state], len(kept[state]))
+        if moment is not None:
+            for state, moments in kept.items():
+                kept[state] = [one for one in moments if one is None or not retention.is_old(one, moment, state)]
+    return most[False], most[True]
 
 
 def _sizes(prepared: Prepared) -> tuple[int, int] | tuple[None, None]:

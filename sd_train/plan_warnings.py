@@ -16,6 +16,7 @@ from sd_train.plan_full import idle_rates
 from sd_train.plan_network import network_warnings
 from sd_train.plan_objective import objective_warnings
 from sd_train.plan_optimizer import idle_eight_bit
+from sd_train.plan_outputs import epoch_interval
 from sd_train.plan_validation import validation_warnings
 from sd_train.plan_words import word_warnings
 
@@ -95,7 +96,7 @@ def _idle_in_data(prepared: Prepared) -> list[str]:
 def _epoch_intervals(prepared: Prepared) -> list[str]:
     """Intervals in epochs that come due never, or after an epoch that has no update."""
     config, plan, updates = prepared.config, prepared.plan, prepared.updates
-    given = {"save_every_n_epochs": config.saving.save_every_n_epochs}
+    given = {"save_every_n_epochs": epoch_interval(config.saving, plan.epochs)}
     if prepared.prompts:
         given["sample_every_n_epochs"] = config.sampling.sample_every_n_epochs
     if plan.validation:

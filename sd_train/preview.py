@@ -64,8 +64,15 @@ class Preview:
 
     def __call__(self, progress: Progress) -> None:
         """Draw every prompt if that is due at `progress`."""
-        mark = self.due(progress)
-        if mark is None or not self.is_main or not self.prompts:
+        if (mark := self.due(progress)) is not None:
+            self._show_all(mark, progress)
+
+    def now(self, progress: Progress) -> None:
+        """Draw every prompt, named as those of an update are."""
+        self._show_all(f"{progress.step:06d}", progress)
+
+    def _show_all(self, mark: str, progress: Progress) -> None:
+        if not self.is_main or not self.prompts:
             return
         failed: dict[str, str] = {}
         with self.report.untimed(), self.weights.for_inference():

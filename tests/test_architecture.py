@@ -41,12 +41,14 @@ LAYERS: dict[str, int] = {
     "memory.py": 3,
     "kernels/*": 3,
     "checkpoint.py": 4,
+    "control.py": 4,
     "guard.py": 4,
     "drawing.py": 4,
     "preview*.py": 4,
     "samplers.py": 4,
     "lora_files/*": 4,
     "names.py": 4,
+    "retention.py": 4,
     "state.py": 4,
     "validate.py": 4,
     "report*.py": 4,
@@ -243,8 +245,14 @@ def unannotated(module: Module) -> list[str]:
     ]
 
 
+CODE = {"eval", "exec", "compile", "__import__"}
+ALLOWED = {"trust_remote_code": "False", "weights_only": "True", "allow_pickle": "False"}
+"""Arguments that open a way for foreign code, and the one value that they may have."""
+
+
 def forbidden(module: Module) -> list[str]:
-    """Pickles outside the one file that may read and write them, and prints where a library must be silent."""
+    """Pickles outside the one file that may read and write them, ways for data to become code, and prints where a
+    library must be silent."""
     may_print = matches(module.path, *PRINTS) or layer(module) == 7 or not module.path.startswith("sd_train/")
     found = []
     for node in ast.walk(module.tree):
@@ -253,14 +261,29 @@ def forbidden(module: Module) -> list[str]:
             names += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
         elif isinstance(node, ast.Attribute | ast.Name):
             names = [ast.unparse(node)]
+        elif isinstance(node, ast.keyword) and node.arg in ALLOWED and ast.unparse(node.value) != ALLOWED[node.arg]:
+            found.append(f"{module.path}:{node.value.lineno}: {node.arg} must be {ALLOWED[node.arg]}")
+            continue
         else:
             continue
-        pickles = {"pickle", "cPickle", "dill", "cloudpickle", "torch.load", "torch.save"}
+        if isinstance(node, ast.Name) and node.id in CODE:
+            found.append(f"{module.path}:{node.lineno}: {node.id} makes code of data")
+        pickles = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "torch.load", "torch.save"}
         if module.path != PICKLES and (used := pickles & set(names)):
             found.append(f"{module.path}:{node.lineno}: {min(used)} belongs in {PICKLES} alone")
         if isinstance(node, ast.Name) and node.id == "print" and not may_print:
             found.append(f"{module.path}:{node.lineno}: print belongs to commands, entry points, parser and report")
     return found
+
+
+def test_ways_for_foreign_code_are_found() -> None:
+    text = "import torch, marshal\nexec(x)\nmodel.eval()\nf(trust_remote_code=True)\nload(p, weights_only=True)\n"
+    module = Module("sd_train/device.py", text, ast.parse(text))
+    assert [line.partition(":")[2] for line in forbidden(module)] == [
+        "1: marshal belongs in sd_train/families/pickles.py alone",
+        "2: exec makes code of data",
+        "4: trust_remote_code must be False",
+    ]
 
 
 @pytest.mark.parametrize("rule", [too_large, unannotated, forbidden])

@@ -222,7 +222,9 @@ def test_intervals() -> None:
     intervals = Intervals(4, 2, state=False, state_at_end=False)
 
     def stems(step: int, epoch: int, index: int) -> list[str]:
-        return intervals.stems(names, Progress(1, 2, 0.0, step=step, epoch=epoch, index=index), end_epoch=6)
+        due = intervals.due(Progress(1, 2, 0.0, step=step, epoch=epoch, index=index), end_epoch=6)
+        assert [names.moment(names.model(names.stem(moment))) for moment in due] == due
+        return [names.stem(moment) for moment in due]
 
     assert stems(4, 0, 4) == ["n-step00000004"]
     assert stems(5, 0, 5) == []
@@ -231,7 +233,7 @@ def test_intervals() -> None:
     # The last epoch is the final file.
     assert stems(30, 6, 0) == []
     nothing = Intervals(None, None, state=False, state_at_end=False)
-    assert nothing.stems(names, Progress(1, 2, 0.0, step=4, epoch=2, index=0), 6) == []
+    assert nothing.due(Progress(1, 2, 0.0, step=4, epoch=2, index=0), 6) == []
 
 
 # States

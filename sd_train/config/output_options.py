@@ -28,6 +28,25 @@ class SavingOptions(Group):
     )
     save_every_n_epochs: int | None = Field(None, ge=1, description="Save after every n-th epoch.")
     save_every_n_steps: int | None = Field(None, ge=1, description="Save after every n-th update.")
+    save_n_epoch_ratio: int | None = Field(
+        None, ge=1, description="Save so often that there are at least so many files, one an epoch at most; sets "
+        "save_every_n_epochs.",
+    )  # fmt: skip
+    save_every_n_minutes: float | None = Field(
+        None, gt=0, description="Save when so many minutes have passed since the last save."
+    )
+    save_last_n_epochs: int | None = Field(
+        None, ge=1, description="Keep the files of so many epoch saves; older ones are deleted when a new one is whole."
+    )
+    save_last_n_epochs_state: int | None = Field(
+        None, ge=1, description="The same of states; not given: save_last_n_epochs."
+    )
+    save_last_n_steps: int | None = Field(
+        None, ge=1, description="Keep the files of the last so many updates (not: so many files)."
+    )
+    save_last_n_steps_state: int | None = Field(
+        None, ge=1, description="The same of states; not given: save_last_n_steps."
+    )
     save_state: bool = Field(False, description="Save, with each file, the state from which --resume continues.")
     save_state_on_train_end: bool = Field(False, description="Save that state when the training ends.")
     resume: str | None = Field(None, description="State folder to continue from, or: latest.")

@@ -21,6 +21,7 @@ def check_outputs(chosen: Chosen, problems: Problems, warnings: list[str]) -> No
     _logs(chosen, problems, warnings)
     _uploads(chosen, problems, warnings)
     _resume(chosen, problems, warnings)
+    _retention(chosen, warnings)
 
 
 def _logs(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
@@ -68,6 +69,28 @@ def _uploads(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
         where = chosen.where("save_state_to_huggingface")
         warnings.append(f"{where} has no effect but where a run is stopped: neither save_state nor "
                         "save_state_on_train_end is given")
+
+
+def _retention(chosen: Chosen, warnings: list[str]) -> None:
+    values = chosen.values
+    needed = {
+        "save_last_n_epochs": ("save_every_n_epochs", "save_n_epoch_ratio"),
+        "save_last_n_steps": ("save_every_n_steps", "save_every_n_minutes"),
+    }
+    for base, intervals in needed.items():
+        for name in (base, f"{base}_state"):
+            if not chosen.valid(name, "save_state", *intervals) or values[name] is None:
+                continue
+            where = chosen.where(name)
+            if all(values[interval] is None for interval in intervals):
+                warnings.append(f"{where} has no effect: neither {intervals[0]} nor {intervals[1]} is given")
+            elif name.endswith("_state") and not values["save_state"]:
+                warnings.append(f"{where} has no effect: save_state is not given")
+    if chosen.valid("save_every_n_epochs", "save_n_epoch_ratio") and None not in (
+        values["save_every_n_epochs"], values["save_n_epoch_ratio"],
+    ):  # fmt: skip
+        where = chosen.where("save_every_n_epochs")
+        warnings.append(f"{where} has no effect: save_n_epoch_ratio takes its place")
 
 
 def _resume(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
