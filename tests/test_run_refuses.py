@@ -124,7 +124,7 @@ def test_broken_model(tmp_path: Path, refused: Refused) -> None:
         ("--sample_prompts none.txt", ("--sample_prompts", "no such file")),
         ("--resume latest", ("holds no sealed state", "--save_state")),
         ("--resume nowhere", ("--resume", "nowhere")),
-        ("--save_last_n_steps 5", ("--save_last_n_steps", "not yet supported")),
+        ("--full_bf16", ("--full_bf16", "not yet supported")),
     ],
 )
 def test_options(refused: Refused, more: str, parts: tuple[str, ...]) -> None:

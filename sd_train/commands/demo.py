@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 MODEL = "base_model.safetensors"
-UPDATES = 120
+UPDATES = 200
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
             *("--output_dir", str(output), "--output_name", "demo", "--overwrite"),
             *("--logging_dir", str(output / "logs")),
             *("--network_dim", "8", "--network_alpha", "8", "--learning_rate", "2e-3"),
+            *("--lr_scheduler", "cosine", "--min_snr_gamma", "5"),
             *("--max_train_steps", str(given.max_train_steps), "--seed", "42", "--cache_latents"),
             *("--sample_prompts", str(demo / "prompts.txt"), "--sample_at_first"),
             *("--sample_every_n_steps", str(given.max_train_steps), "--save_state"),
