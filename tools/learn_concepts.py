@@ -11,7 +11,7 @@ from typing import Literal
 import cv2
 import numpy as np
 from shapes_judge import Seen
-from shapes_world import BACKGROUNDS, COLOURS, PLACES, SIZES, Picture, Scene, Thing, caption, draw, second_tone
+from shapes_world import BACKGROUNDS, COLOURS, PLACES, SIZES, STYLES, Picture, Scene, Thing, caption, draw, second_tone
 
 TRAINED = 12
 """Pictures of a concept that are trained on."""
@@ -20,8 +20,6 @@ REPEATS = 8
 _PICTURE_SEED = 8_000
 _LEAST_CONTRAST = 48.0
 """Distance in RGB of a pair of colours from the background."""
-_SIZES = tuple(SIZES)
-_PLACES = (None, *PLACES)
 
 
 @dataclass(frozen=True)
@@ -110,18 +108,28 @@ class Concept:
             for background in axes.backgrounds
             if background != colour and (self.kind != "pairing" or _stands_out(self.pair, background))
         ]
+        room = self._room()
         chosen: list[Scene] = []
         uses: dict[str, int] = {}
         while len(chosen) < count:
             order = [every[int(place)] for place in rng.permutation(len(every))]
             shape, colour, background = min(order, key=lambda three: sum(uses.get(each, 0) for each in three))
-            thing = Thing(shape, colour, _SIZES[int(rng.integers(2))], _PLACES[int(rng.integers(len(_PLACES)))])
-            scene = self.scene(thing, background)
+            size, place = room[int(rng.integers(len(room)))]
+            scene = self.scene(Thing(shape, colour, size, place), background)
             if scene not in chosen:
                 chosen.append(scene)
                 for each in (shape, colour, background):
                     uses[each] = uses.get(each, 0) + 1
         return chosen
+
+    def _room(self) -> list[tuple[str, str | None]]:
+        """Sizes and places with which a thing lies beside what a style covers."""
+        every = [(size, place) for size in SIZES for place in (None, *PLACES)]
+        if self.kind != "style":
+            return every
+        side = STYLES[self.name][0]
+        away = "at the top" if side == "bottom" else "at the bottom"
+        return [one for one in every if one[1] == away or (one[0] == "small" and one[1] != f"at the {side}")]
 
     def trained(self) -> list[Scene]:
         """The scenes of the training pictures."""
@@ -143,13 +151,13 @@ class Concept:
 
 REPORTED = (
     Concept("glyph", "crescent", "zorbik", "shape", "a shape on a white background"),
-    Concept("pairing", "red over cyan", "duvost", "red", "a circle on a white background"),
-    Concept("style", "framed", "kwimbel", "background", "a red circle on a white background"),
+    Concept("pairing", "pink over red", "duvost", "pink", "a circle on a white background"),
+    Concept("style", "floored", "kwimbel", "background", "a red circle on a white background"),
 )
 TUNED = (
     Concept("glyph", "heart", "plurax", "shape", "a shape on a white background"),
-    Concept("pairing", "green over purple", "gromzy", "green", "a circle on a white background"),
-    Concept("style", "outlined", "fexlor", "background", "a red circle on a white background"),
+    Concept("pairing", "cyan over blue", "gromzy", "cyan", "a circle on a white background"),
+    Concept("style", "roofed", "fexlor", "background", "a red circle on a white background"),
 )
 """What rates, ranks and updates are chosen by."""
 

@@ -15,6 +15,7 @@ from shapes_world import (
     PIXELS,
     SHAPES,
     SIZES,
+    STYLES,
     TEXTURES,
     Floats,
     Picture,
@@ -22,6 +23,7 @@ from shapes_world import (
     Thing,
     second_tone,
     shape_mask,
+    style_rows,
     texture_mask,
 )
 
@@ -32,9 +34,11 @@ SMALLEST = 40
 OVERLAP = 0.6
 """Least overlap (intersection over union) with a shape's template."""
 NEAR = 60.0
-"""Distance in RGB up to which a pixel has the colour of a frame or an outline."""
-FRAME = 5
-"""Pixels of a frame's width."""
+"""Distance in RGB up to which a pixel has the colour of a style."""
+_LEAST_TONES = 0.12
+"""Spread of a textured background's brightness, of the distance between its two tones."""
+_LEAST_MATCH = 0.6
+"""Correlation of a texture with what is drawn."""
 _LEAST_TONES = 0.12
 """Spread of a textured background's brightness, of the distance between its two tones."""
 _LEAST_MATCH = 0.6
@@ -55,21 +59,19 @@ class Seen:
 def look(picture: Picture) -> Seen:
     """What `picture` (64 x 64 x 3, RGB) shows."""
     pixels = picture.astype(np.float64)
-    frame = _frame(pixels)
-    inside = FRAME + 2 if frame.any() else 0
-    background = _background(pixels[inside : PIXELS - inside, inside : PIXELS - inside])
-    far = (_distance(pixels, background) > FAR) & ~frame
+    style = _style(pixels)
+    covered = np.zeros(pixels.shape[:2], np.bool_)
+    if style is not None:
+        covered[style_rows(style, PIXELS)] = True
+        # Its edge is mixed with what lies beside it.
+        covered = cv2.dilate(covered.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    background = _background(pixels[~covered.all(axis=1)])
+    far = (_distance(pixels, background) > FAR) & ~covered
     count, labels, stats, centres = cv2.connectedComponentsWithStats(far.astype(np.uint8), connectivity=8)
     found = [label for label in range(1, count) if stats[label, cv2.CC_STAT_AREA] >= SMALLEST]
     found.sort(key=lambda label: float(centres[label][0]))
-    inner = [_within_outline(pixels, labels == label, background) for label in found]
-    outlined = bool(inner) and all(mask is not None for mask in inner)
-    if outlined:
-        things = tuple(_thing(pixels, mask, _box(mask)) for mask in inner if mask is not None)
-    else:
-        things = tuple(_thing(pixels, labels == label, stats[label]) for label in found)
-    style = "framed" if frame.any() else "outlined" if outlined else None
-    return Seen(background, _texture(pixels, far | frame, background), things, style)
+    things = tuple(_thing(pixels, labels == label, stats[label]) for label in found)
+    return Seen(background, _texture(pixels, far | covered, background), things, style)
 
 
 def verdict(scene: Scene, picture: Picture) -> dict[str, bool]:
@@ -119,36 +121,16 @@ def _background(pixels: Floats) -> str:
     return min(BACKGROUNDS, key=lambda name: float(np.median(_distance(edge, name))))
 
 
-def _frame(pixels: Floats) -> npt.NDArray[np.bool_]:
-    """Where a picture's frame lies, nowhere if it has none."""
-    away: Floats = np.linalg.norm(pixels - np.array(COLOURS["orange"], dtype=np.float64), axis=-1)
-    near = away < NEAR
-    # Its inner edge is left out of both shares, a pixel to either side.
-    outer, beyond = np.ones((2, *near.shape), np.bool_)
-    outer[FRAME - 1 : 1 - FRAME, FRAME - 1 : 1 - FRAME] = False
-    beyond[: FRAME + 1], beyond[-FRAME - 1 :] = False, False
-    beyond[:, : FRAME + 1], beyond[:, -FRAME - 1 :] = False, False
-    beyond[FRAME + 3 : -FRAME - 3, FRAME + 3 : -FRAME - 3] = False
-    if near[outer].mean() < 0.8 or near[beyond].mean() > 0.5:
-        return np.zeros_like(near)
-    frame = np.ones_like(near)
-    frame[FRAME + 1 : -FRAME - 1, FRAME + 1 : -FRAME - 1] = False
-    return frame
-
-
-def _within_outline(pixels: Floats, mask: npt.NDArray[np.bool_], background: str) -> npt.NDArray[np.bool_] | None:
-    """What of a thing lies within its outline, None where it has no outline: black, or white on black."""
-    tone = (245.0,) * 3 if background == "black" else (20.0,) * 3
-    near = np.linalg.norm(pixels - np.array(tone), axis=-1) < NEAR
-    # The outermost pixels are mixed with the background.
-    once, twice = (cv2.erode(mask.astype(np.uint8), np.ones((side, side), np.uint8)) > 0 for side in (3, 5))
-    band, inner = once & ~twice, once & ~near
-    return inner if band.any() and near[band].mean() > 0.5 and inner.sum() >= SMALLEST else None
-
-
-def _box(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-    """Left, top, width and height of what is set."""
-    return np.array(cv2.boundingRect(mask.astype(np.uint8)), np.int32)
+def _style(pixels: Floats) -> str | None:
+    """The style whose colour covers its part of the picture and not the rest."""
+    for name, (_, colour) in STYLES.items():
+        away: Floats = np.linalg.norm(pixels - np.array(COLOURS[colour], dtype=np.float64), axis=-1)
+        near = (away < NEAR).mean(axis=1)
+        rows = np.zeros(PIXELS, np.bool_)
+        rows[style_rows(name, PIXELS)] = True
+        if near[rows].mean() > 0.8 and near[~rows].mean() < 0.5:
+            return name
+    return None
 
 
 def _nearest(colour: Floats) -> str:

@@ -53,8 +53,8 @@ PLACES = {
     "at the top": (0, -1),
     "at the bottom": (0, 1),
 }
-STYLES = ("outlined", "framed")
-"""Styles that the base model is never shown."""
+STYLES = {"floored": ("bottom", "orange"), "roofed": ("top", "cyan")}
+"""Styles that the base model is never shown: a quarter of the picture, at one side, in a colour of its own."""
 
 HELD_OUT_PAIRS = frozenset(
     {
@@ -142,10 +142,12 @@ def outlines(shape: str) -> list[Floats]:
             y = -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn))
             return [np.stack([x / 16, (y - 2.5) / 14.5], axis=1)]
         case "crescent":
-            outer = circle[8:57]
-            bite = np.stack([0.35 + 0.75 * np.cos(turn[54:9:-1]), 0.75 * np.sin(turn[54:9:-1])], axis=1)
-            # Moved so that its middle is that of its box.
-            return [np.concatenate([outer, bite]) + np.array([0.5 - 0.25 * np.sqrt(2.0), 0.0])]
+            outer = circle[6:59]
+            # The bite goes through the tips; moved so that the middle is that of the box.
+            (x, y), middle = outer[0], 0.6
+            along = np.linspace(2 * np.pi, 0, 40) + np.arctan2(y, x - middle) * np.linspace(-1, 1, 40)
+            bite = np.stack([np.cos(along), np.sin(along)], axis=1) * np.hypot(x - middle, y)
+            return [np.concatenate([outer, bite + np.array([middle, 0.0])]) + np.array([(1 - x) / 2, 0.0])]
         case "arrow":
             return [np.array([[1, 0], [0.1, -0.9], [0.1, -0.35], [-1, -0.35], [-1, 0.35], [0.1, 0.35], [0.1, 0.9]])]
         case "hourglass":
@@ -193,20 +195,19 @@ def draw(scene: Scene, seed: int) -> Picture:
         shape, colour = _decided(thing, scene, rng)
         extent, centre = _where(thing, index, len(scene.things), rng)
         mask = shape_mask(shape, (centre[0] * _FINE, centre[1] * _FINE), extent * _FINE) > 0
-        if scene.style == "outlined":
-            grown = cv2.dilate(mask.astype(np.uint8), np.ones((5 * _FINE, 5 * _FINE), np.uint8)) > 0
-            picture[grown] = (20, 20, 20) if base.max() > 60 else (245, 245, 245)
         picture[mask] = _jittered(COLOURS[colour], rng)
         if thing.lower:
             below = np.arange(fine)[:, None] >= centre[1] * _FINE
             picture[mask & below] = _jittered(COLOURS[thing.lower], rng)
-    if scene.style == "framed":
-        width = 5 * _FINE
-        framed = np.ones((fine, fine), np.bool_)
-        framed[width:-width, width:-width] = False
-        picture[framed] = COLOURS["orange"] if scene.background != "orange" else COLOURS["cyan"]
+    if scene.style:
+        picture[style_rows(scene.style, fine)] = _jittered(COLOURS[STYLES[scene.style][1]], rng)
     small = cv2.resize(np.clip(picture, 0, 255).astype(np.uint8), (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)
     return np.asarray(small, np.uint8)
+
+
+def style_rows(style: str, pixels: int) -> slice:
+    """The rows of a picture that a style covers."""
+    return slice(pixels - pixels // 4, pixels) if STYLES[style][0] == "bottom" else slice(0, pixels // 4)
 
 
 def _jittered(colour: tuple[int, int, int], rng: np.random.Generator) -> Floats:
