@@ -206,6 +206,18 @@ def write_folder(path: Path, fill: Callable[[Path], None], option: str = "--outp
             shutil.rmtree(old, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that it holds.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def sha256(path: Path, offset: int = 0) -> str:
     """SHA-256 of the bytes of `path` from `offset` on, as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sd_train.errors import RunError
+from sd_train.files import remove
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt", "")
 """Of models in all forms; the last is that of folders."""
@@ -124,10 +124,7 @@ class FileNames:
         """
         for path in (*self.existing(), *self.pictures()):
             try:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                remove(path)
             except OSError as problem:
                 raise RunError(
                     f"{path}: cannot be deleted for --overwrite ({problem.strerror}); check its permissions, or choose "

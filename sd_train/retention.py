@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd_train.files import remove
 from sd_train.names import FileNames, Moment
 
 
@@ -52,10 +52,7 @@ class Retention:
         gone = []
         for path in self.outdated(names, now):
             try:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+                remove(path)
             except OSError as problem:
                 warn(f"{path}: is old and cannot be deleted ({problem.strerror}); check its permissions")
             else:
