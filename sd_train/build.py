@@ -21,7 +21,7 @@ from sd_train.checkpoint import Checkpoint
 from sd_train.config.dump import changed_options, dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
-from sd_train.control import Control
+from sd_train.control import Control, forget_orders
 from sd_train.device import Updater
 from sd_train.errors import DataError, ImageError, RunError, UserError
 from sd_train.families.base import Family
@@ -104,6 +104,7 @@ def _probe_folders(prepared: Prepared) -> None:
         try:
             for folder, option in written_folders(prepared.config).items():
                 probe_folder(folder, option)
+            forget_orders(_control_file(prepared), warn_line)
             open_hub(prepared.config, warn_line)
         except UserError as problem:
             refused = problem
@@ -227,7 +228,6 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
             report, preview, checkpoint, guard, make_norms(config, groups, report),
             validation, control,
         )  # fmt: skip
-        control.clear()
         try:
             train(training)
         except (DataError, RuntimeError, MemoryError) as problem:
@@ -277,10 +277,14 @@ def _make_checkpoint(
     )
 
 
+def _control_file(prepared: Prepared) -> Path:
+    return Path(prepared.config.saving.output_dir) / "control"
+
+
 def _make_control(prepared: Prepared, report: Report) -> Control:
     device = prepared.device
     share = device.shared if device.world > 1 else None
-    return Control(Path(prepared.config.saving.output_dir) / "control", report.message, device.is_main, share)
+    return Control(_control_file(prepared), report.message, device.is_main, share)
 
 
 def _make_ema(prepared: Prepared, trainable: Trainable) -> Ema | None:

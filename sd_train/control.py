@@ -36,13 +36,6 @@ class Control:
     _refused: bool = field(default=False, init=False)
     """Whether the file could not be read or deleted, which is told once."""
 
-    def clear(self) -> None:
-        """Delete what was written before the run began: nobody meant this run."""
-        if self.is_main and self.path.is_file():
-            self.say(f"{self.path}: was there before the run began, and is deleted")
-            with suppress(OSError):
-                self.path.unlink()
-
     def orders(self, step: int) -> list[Order]:
         """The commands to be followed after update `step`, each once, in the order of `ORDERS`."""
         if self.share is not None and step % ASK_OTHERS_EVERY:
@@ -87,3 +80,11 @@ class Control:
         if orders:
             self.say(f"control file after update {step}: {', '.join(orders)}")
         return orders
+
+
+def forget_orders(path: Path, say: Callable[[str], None]) -> None:
+    """Delete what was written before the run began: nobody meant this run."""
+    if path.is_file():
+        say(f"{path}: was there before the run began, and is deleted")
+        with suppress(OSError):
+            path.unlink()
