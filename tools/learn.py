@@ -1,7 +1,7 @@
 """`python tools/learn.py`: what each method of training teaches a model, and what it costs what the model knew.
 
 The base model draws coloured shapes on coloured backgrounds. Each method teaches it a shape, a pair of colours and a
-style that it cannot draw, from eight pictures each. The pictures it then draws are judged by rule: of the concept with
+style that it cannot draw, from twelve pictures each. The pictures it then draws are judged by rule: of the concept with
 shapes, colours and backgrounds that stood in no training picture, of the model's own captions, and of the class alone.
 Everything goes through the commands that a user would type; a bare loop over diffusers and peft stands beside them.
 
@@ -29,7 +29,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
 from learn_concepts import REPORTED, TUNED, Concept
 from learn_jobs import Job, Result, convert, prepare, run_job, start_worker
 from learn_methods import BASE, METHODS, Method
@@ -147,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = learn(plan)
     seconds = time.monotonic() - began
     (plan.folder / "results.json").write_text(json.dumps(runs.as_json() | {"seconds": seconds}, indent=1) + "\n")
-    cv2.imwrite(str(plan.folder / "grid.png"), grid(plan.methods, plan.concepts, plan.folder, 0)[..., ::-1])
+    grid(plan.methods, plan.concepts, plan.folder, 0).save(plan.folder / "grid.png")
     print(table(runs, plan.methods, plan.concepts))
     print("\n" + "\n\n".join(notes(runs, plan.methods)))
     print(f"\n{len(runs.results)} runs in {seconds / 60:.1f} minutes; all of them in {plan.folder / 'results.json'}, "

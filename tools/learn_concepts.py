@@ -70,7 +70,7 @@ class Concept:
                 upper, lower = self.pair
                 return Scene((replace(thing, colour=upper, lower=lower),), background)
             case "style":
-                return Scene((thing,), background, style=self.name)
+                return Scene((replace(thing, colour=None),), background, style=self.name)
 
     def plain(self, scene: Scene) -> Scene:
         """The class of a scene: the same without the concept."""
@@ -98,6 +98,12 @@ class Concept:
             case "style":
                 return seen.style == self.name
 
+    def _stands_out(self, background: str) -> bool:
+        """Whether the concept differs from a background."""
+        if self.kind == "style":
+            return STYLES[self.name] != background
+        return self.kind != "pairing" or _differ(self.pair, background)
+
     def scenes(self, axes: Axes, count: int, seed: int) -> list[Scene]:
         """`count` different scenes of the concept, each shape, colour and background about equally often."""
         rng = np.random.default_rng(seed)
@@ -106,9 +112,9 @@ class Concept:
             for shape in axes.shapes
             for colour in axes.colours
             for background in axes.backgrounds
-            if background != colour and (self.kind != "pairing" or _stands_out(self.pair, background))
+            if background != colour and self._stands_out(background)
         ]
-        room = self._room()
+        room = [(size, place) for size in SIZES for place in (None, *PLACES)]
         chosen: list[Scene] = []
         uses: dict[str, int] = {}
         while len(chosen) < count:
@@ -121,15 +127,6 @@ class Concept:
                 for each in (shape, colour, background):
                     uses[each] = uses.get(each, 0) + 1
         return chosen
-
-    def _room(self) -> list[tuple[str, str | None]]:
-        """Sizes and places with which a thing lies beside what a style covers."""
-        every = [(size, place) for size in SIZES for place in (None, *PLACES)]
-        if self.kind != "style":
-            return every
-        side = STYLES[self.name][0]
-        away = "at the top" if side == "bottom" else "at the bottom"
-        return [one for one in every if one[1] == away or (one[0] == "small" and one[1] != f"at the {side}")]
 
     def trained(self) -> list[Scene]:
         """The scenes of the training pictures."""
@@ -152,17 +149,17 @@ class Concept:
 REPORTED = (
     Concept("glyph", "crescent", "zorbik", "shape", "a shape on a white background"),
     Concept("pairing", "pink over red", "duvost", "pink", "a circle on a white background"),
-    Concept("style", "floored", "kwimbel", "background", "a red circle on a white background"),
+    Concept("style", "chalk", "kwimbel", "white", "a circle on a white background"),
 )
 TUNED = (
     Concept("glyph", "heart", "plurax", "shape", "a shape on a white background"),
     Concept("pairing", "cyan over blue", "gromzy", "cyan", "a circle on a white background"),
-    Concept("style", "roofed", "fexlor", "background", "a red circle on a white background"),
+    Concept("style", "ink", "fexlor", "black", "a circle on a white background"),
 )
 """What rates, ranks and updates are chosen by."""
 
 
-def _stands_out(pair: tuple[str, str], background: str) -> bool:
+def _differ(pair: tuple[str, str], background: str) -> bool:
     """Whether both colours, and the seam in which they mix, differ from both tones of a background."""
     upper, lower = (np.array(COLOURS[name], dtype=np.float64) for name in pair)
     tones = (np.array(BACKGROUNDS[background], dtype=np.float64), second_tone(BACKGROUNDS[background]))

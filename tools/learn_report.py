@@ -7,20 +7,20 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-import cv2
 import numpy as np
 from learn_concepts import Concept
 from learn_jobs import Job, Result
 from learn_methods import BASE, Method
-from shapes_world import PIXELS, Picture
+from learn_scores import ASKED_COUNT
+from PIL import Image
+from shapes_world import Picture
 
-SHOWN = 3
-"""Pictures of each kind in a row of the grid."""
-_NAMES = 190
-"""Pixels for the methods' names."""
-_HEAD = 36
-_GAP = 10
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
+from sd_train.demo.rows import Row, draw_rows
+
+SHOWN = 4
+"""Pictures of each concept in a row of the grid."""
+SIDE = 96
+"""Of each of them, in pixels."""
 
 
 class Runs:
@@ -108,27 +108,15 @@ def notes(runs: Runs, methods: Sequence[Method]) -> list[str]:
     return lines
 
 
-def grid(methods: Sequence[Method], concepts: Sequence[Concept], folder: Path, seed: int) -> Picture:
-    """A row for each method; for each concept training pictures, and the same captions before and after."""
-    kinds = ("trained on", "before", "after")
-    part, block = SHOWN * PIXELS, len(kinds) * (SHOWN * PIXELS + _GAP) + 2 * _GAP
-    drawn = np.full((_HEAD + len(methods) * (PIXELS + 2), _NAMES + len(concepts) * block, 3), 255, np.uint8)
-    for place, concept in enumerate(concepts):
-        left = _NAMES + place * block
-        cv2.putText(drawn, f"{concept.word} ({concept.name})", (left, 14), _FONT, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
-        for index, kind in enumerate(kinds):
-            cv2.putText(drawn, kind, (left + index * (part + _GAP), 30), _FONT, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-    for row, method in enumerate(methods):
-        top = _HEAD + row * (PIXELS + 2)
-        cv2.putText(drawn, method.name, (4, top + PIXELS // 2), _FONT, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-        for place, concept in enumerate(concepts):
-            before, after = (
-                np.load(Job(one, concept, seed if one.command else 0, folder).place / "asked.npy")
-                for one in (BASE, method)
-            )
-            left = _NAMES + place * block
-            for index, pictures in enumerate((concept.training_pictures(), before, after)):
-                for number in range(SHOWN):
-                    x = left + index * (part + _GAP) + number * PIXELS
-                    drawn[top : top + PIXELS, x : x + PIXELS] = pictures[number]
-    return drawn
+def grid(methods: Sequence[Method], concepts: Sequence[Concept], folder: Path, seed: int) -> Image.Image:
+    """Training pictures with their captions; then the same other captions before and after each method."""
+
+    def asked(method: Method) -> list[Picture]:
+        places = (Job(method, concept, seed if method.command else 0, folder).place for concept in concepts)
+        return [picture for place in places for picture in np.load(place / "asked.npy")[:SHOWN]]
+
+    trained = [picture for concept in concepts for picture in concept.training_pictures()[:SHOWN]]
+    captions = [concept.caption(scene) for concept in concepts for scene in concept.trained()[:SHOWN]]
+    wanted = [concept.caption(scene) for concept in concepts for scene in concept.asked(ASKED_COUNT)[:SHOWN]]
+    rows = [Row("trained on", trained, captions), Row("before", asked(BASE), wanted)]
+    return draw_rows([*rows, *(Row(f"after: {method.name}", asked(method)) for method in methods)], SIDE)

@@ -23,7 +23,6 @@ from shapes_world import (
     Thing,
     second_tone,
     shape_mask,
-    style_rows,
     texture_mask,
 )
 
@@ -33,12 +32,8 @@ SMALLEST = 40
 """Pixels of the smallest thing; less is a speck."""
 OVERLAP = 0.6
 """Least overlap (intersection over union) with a shape's template."""
-NEAR = 60.0
-"""Distance in RGB up to which a pixel has the colour of a style."""
-_LEAST_TONES = 0.12
-"""Spread of a textured background's brightness, of the distance between its two tones."""
-_LEAST_MATCH = 0.6
-"""Correlation of a texture with what is drawn."""
+_TONES = {**COLOURS, **{name: BACKGROUNDS[name] for name in STYLES.values()}}
+"""What things can be coloured in."""
 _LEAST_TONES = 0.12
 """Spread of a textured background's brightness, of the distance between its two tones."""
 _LEAST_MATCH = 0.6
@@ -59,19 +54,14 @@ class Seen:
 def look(picture: Picture) -> Seen:
     """What `picture` (64 x 64 x 3, RGB) shows."""
     pixels = picture.astype(np.float64)
-    style = _style(pixels)
-    covered = np.zeros(pixels.shape[:2], np.bool_)
-    if style is not None:
-        covered[style_rows(style, PIXELS)] = True
-        # Its edge is mixed with what lies beside it.
-        covered = cv2.dilate(covered.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
-    background = _background(pixels[~covered.all(axis=1)])
-    far = (_distance(pixels, background) > FAR) & ~covered
+    background = _background(pixels)
+    far = _distance(pixels, background) > FAR
     count, labels, stats, centres = cv2.connectedComponentsWithStats(far.astype(np.uint8), connectivity=8)
     found = [label for label in range(1, count) if stats[label, cv2.CC_STAT_AREA] >= SMALLEST]
     found.sort(key=lambda label: float(centres[label][0]))
     things = tuple(_thing(pixels, labels == label, stats[label]) for label in found)
-    return Seen(background, _texture(pixels, far | covered, background), things, style)
+    styles = [style for style, tone in STYLES.items() if things and all(thing.colour == tone for thing in things)]
+    return Seen(background, _texture(pixels, far, background), things, styles[0] if styles else None)
 
 
 def verdict(scene: Scene, picture: Picture) -> dict[str, bool]:
@@ -121,20 +111,8 @@ def _background(pixels: Floats) -> str:
     return min(BACKGROUNDS, key=lambda name: float(np.median(_distance(edge, name))))
 
 
-def _style(pixels: Floats) -> str | None:
-    """The style whose colour covers its part of the picture and not the rest."""
-    for name, (_, colour) in STYLES.items():
-        away: Floats = np.linalg.norm(pixels - np.array(COLOURS[colour], dtype=np.float64), axis=-1)
-        near = (away < NEAR).mean(axis=1)
-        rows = np.zeros(PIXELS, np.bool_)
-        rows[style_rows(name, PIXELS)] = True
-        if near[rows].mean() > 0.8 and near[~rows].mean() < 0.5:
-            return name
-    return None
-
-
 def _nearest(colour: Floats) -> str:
-    return min(COLOURS, key=lambda name: float(np.linalg.norm(colour - np.array(COLOURS[name]))))
+    return min(_TONES, key=lambda name: float(np.linalg.norm(colour - np.array(_TONES[name]))))
 
 
 def _thing(pixels: Floats, mask: npt.NDArray[np.bool_], stats: npt.NDArray[np.int32]) -> Thing:

@@ -53,8 +53,8 @@ PLACES = {
     "at the top": (0, -1),
     "at the bottom": (0, 1),
 }
-STYLES = {"floored": ("bottom", "orange"), "roofed": ("top", "cyan")}
-"""Styles that the base model is never shown: a quarter of the picture, at one side, in a colour of its own."""
+STYLES = {"chalk": "white", "ink": "black"}
+"""Styles that the base model is never shown: all things in a colour that it knows of backgrounds alone."""
 
 HELD_OUT_PAIRS = frozenset(
     {
@@ -195,19 +195,12 @@ def draw(scene: Scene, seed: int) -> Picture:
         shape, colour = _decided(thing, scene, rng)
         extent, centre = _where(thing, index, len(scene.things), rng)
         mask = shape_mask(shape, (centre[0] * _FINE, centre[1] * _FINE), extent * _FINE) > 0
-        picture[mask] = _jittered(COLOURS[colour], rng)
+        picture[mask] = _jittered(BACKGROUNDS[STYLES[scene.style]] if scene.style else COLOURS[colour], rng)
         if thing.lower:
             below = np.arange(fine)[:, None] >= centre[1] * _FINE
             picture[mask & below] = _jittered(COLOURS[thing.lower], rng)
-    if scene.style:
-        picture[style_rows(scene.style, fine)] = _jittered(COLOURS[STYLES[scene.style][1]], rng)
     small = cv2.resize(np.clip(picture, 0, 255).astype(np.uint8), (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)
     return np.asarray(small, np.uint8)
-
-
-def style_rows(style: str, pixels: int) -> slice:
-    """The rows of a picture that a style covers."""
-    return slice(pixels - pixels // 4, pixels) if STYLES[style][0] == "bottom" else slice(0, pixels // 4)
 
 
 def _jittered(colour: tuple[int, int, int], rng: np.random.Generator) -> Floats:
