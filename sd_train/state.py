@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_train.errors import ConfigError, DataError, ModelError
+from sd_train.config.changes import way_out
+from sd_train.errors import ConfigError, DataError, ModelError, UserError
 from sd_train.families.sources import DictSource
 from sd_train.families.streaming import put_safetensors
 from sd_train.files import sha256, write_folder
@@ -61,9 +62,8 @@ def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any
     names = [name for group in parts.groups for name in group.params]
     saved = parts.optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    kind = type(parts.optimizer)
-    package = kind.__module__.partition(".")[0]
-    plain: dict[str, Any] = {"optimizer": kind.__name__, "package": package, "state": {}, "groups": []}
+    kind, package = _optimizer_name(parts.optimizer)
+    plain: dict[str, Any] = {"optimizer": kind, "package": package, "state": {}, "groups": []}
     for number, values in saved["state"].items():
         name = names[number]
         plain["state"][name] = {key: encode(value, f"state/{name}/{key}", tensors) for key, value in values.items()}
@@ -217,32 +217,49 @@ def read_progress(path: Path) -> Progress:
     return Progress(**stored["progress"])
 
 
-def load_state(path: Path, parts: StateParts) -> ResumedFrom:
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+    """Its class, and the package that this comes from."""
+    kind = type(optimizer)
+    return kind.__name__, kind.__module__.partition(".")[0]
+
+
+def _check_fit(
+    path: Path, base_model: str, plain: Mapping[str, Any], parts: StateParts, accepted: Collection[str]
+) -> None:
+    """Raise what the state at `path` and this run differ in, as far as it was not accepted."""
+    problems: list[UserError] = []
+    if base_model != parts.base_model and "base_model" not in accepted:
+        problems.append(DataError(
+            f"--resume = {path}: was trained on another base model (tensor digest {base_model[:12]}, this one has "
+            f"{parts.base_model[:12]}); {way_out('base_model')}"
+        ))
+    ours, theirs = _optimizer_name(parts.optimizer), (plain["optimizer"], plain["package"])
+    if ours != theirs and "optimizer_type" not in accepted:
+        other = theirs[0] if theirs[0] != ours[0] else ".".join(reversed(theirs))
+        problems.append(ConfigError(
+            f"--optimizer_type = {ours[0]}: the state at {path} is one of {other}; {way_out('optimizer_type')}"
+        ))
+    if problems:
+        raise type(problems[0])(*map(str, problems))
+
+
+def load_state(path: Path, parts: StateParts, accepted: Collection[str] = ()) -> ResumedFrom:
     """Put back the state at `path`.
 
+    `accepted`: "base_model" and "optimizer_type" may be others; another optimizer begins anew.
+
     Raises:
-        ConfigError: if it belongs to another optimizer.
-        DataError: if it is broken or was trained on another base model.
+        ConfigError: if it belongs to another optimizer, or another base model.
+        DataError: if it is broken or holds other parameters.
         ModelError: if the trainable weights do not fit this configuration.
     """
     from safetensors.torch import load_file
 
     manifest = read_manifest(path)
-    if manifest["base_model"] != parts.base_model:
-        raise DataError(
-            f"--resume = {path}: was trained on another base model (tensor digest {manifest['base_model'][:12]}, this "
-            f"one has {parts.base_model[:12]}); give the same --pretrained_model_name_or_path"
-        )
     plain = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
     stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    kind = type(parts.optimizer)
-    ours, package = kind.__name__, kind.__module__.partition(".")[0]
-    if plain["optimizer"] != ours or plain.get("package", package) != package:
-        other = plain["optimizer"] if plain["optimizer"] != ours else f"{plain['package']}.{ours}"
-        raise ConfigError(
-            f"--optimizer_type = {ours}: the state at {path} is one of {other}; give that, or start anew "
-            "from the saved file with --network_weights"
-        )
+    _check_fit(path, str(manifest["base_model"]), plain, parts, accepted)
+    same_optimizer = _optimizer_name(parts.optimizer) == (plain["optimizer"], plain["package"])
     if set(plain["state"]) - {name for group in parts.groups for name in group.params}:
         raise DataError(
             f"--resume = {path}: holds parameters that this configuration does not train; give the options of the "
@@ -254,7 +271,8 @@ def load_state(path: Path, parts: StateParts) -> ResumedFrom:
         raise ModelError(
             f"--resume = {path}: {problem}\n  give the options of the network as they stand in {path / 'config.toml'}"
         ) from None
-    load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
+    if same_optimizer:
+        load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
     average = path / "ema.safetensors"
     if parts.ema is not None:
         # A state without one is of a run without it: the average begins with the weights as they stand.
