@@ -105,9 +105,28 @@ def open_device(precision: Precision) -> Device:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
-    if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:
+        join_ranks()
     return Device(device, precision, rank, world)
+
+
+def join_ranks(meeting: str | None = None) -> None:
+    """Make the group of the ranks that the launcher started, if there is none; waits for all of them.
+
+    `meeting`: where they meet, as torch's `init_method`; None: the launcher's own store, which only the first group of
+    a process can be made through.
+    """
+    if distributed.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if meeting is None:
+        distributed.init_process_group(backend)
+    else:
+        ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        distributed.init_process_group(backend, init_method=meeting, **ranks)
 
 
 @dataclass

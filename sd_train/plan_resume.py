@@ -134,6 +134,8 @@ def _go_on(
     ]
     if refused:
         raise ConfigError(*refused)
+    idle = [name for name in accepted if name in facts and name not in found]
+    notes += [f"--resume_anyway {name} has no effect: it is as it was" for name in idle]
     notes += [f"accepted by --resume_anyway: {change}: {ACCEPTED[name]}" for name, change in found.items()]
     if "dataset" in found or "seed" in found:
         return replace(stored, index=0), notes

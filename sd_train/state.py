@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from sd_train.config.changes import way_out
@@ -26,6 +27,8 @@ from sd_train.types import Progress
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_SHARED = "shared"
+"""Entry of a table's metadata: name -> the one under which the same memory is written."""
 
 Extra = tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]]
 """How to read a JSON state and how to put it back."""
@@ -57,6 +60,36 @@ class ResumedFrom:
     """Whether it held a moving average."""
 
 
+def put_table(path: Path, table: Mapping[str, Tensor]) -> None:
+    """Write `table`; tensors that are the same memory are written once, under the first of their names."""
+    first: dict[object, str] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in table.items():
+        # Without numbers there is no memory to share.
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        owner = first.setdefault(place if tensor.numel() else name, name)
+        if owner != name:
+            shared[name] = owner
+    kept = {name: tensor for name, tensor in table.items() if name not in shared}
+    # Tensor by tensor: beside a whole model there may be no room for its state twice.
+    put_safetensors(path, DictSource(kept), {_SHARED: json.dumps(shared)} if shared else None)
+
+
+def read_table(path: Path) -> dict[str, Tensor]:
+    """What `put_table` was given; names of the same memory have the same tensor again."""
+    with safe_open(path, "pt") as file:
+        table: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shared: dict[str, str] = json.loads((file.metadata() or {}).get(_SHARED, "{}"))
+    return table | {name: table[owner] for name, owner in shared.items()}
+
+
+def cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of `tensors`, one for the names that share a tensor: the memory of a file's tensors lies differently, and
+    with it some libraries' sums round differently."""
+    copies = {id(tensor): tensor.clone() for tensor in tensors.values()}
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+
+
 def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as tensors, the live ones, and JSON, by parameter name instead of number."""
     names = [name for group in parts.groups for name in group.params]
@@ -79,7 +112,7 @@ def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain
     What the optimizer has learned comes from the state, what was given to it (weight decay, betas) from this run's
     configuration.
     """
-    optimizer = parts.optimizer
+    optimizer, tensors = parts.optimizer, cloned(tensors)
     given = inspect.signature(type(optimizer)).parameters
     named = {name: parameter for group in parts.groups for name, parameter in group.params.items()}
     numbers = {name: number for number, name in enumerate(named)}
@@ -90,7 +123,7 @@ def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain
     for path, tensor in tensors.items():
         kind, owner, key = path.split("/", 2)
         if kind == "state" and "/" not in key and key not in saved[owner]:
-            saved[owner][key] = tensor.clone()
+            saved[owner][key] = tensor
     groups = []
     for place, group in enumerate(optimizer.state_dict()["param_groups"]):
         restored = {
@@ -133,8 +166,7 @@ def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
         if parts.ema is not None:
             tables["ema"] = parts.ema.tensors
         for name, table in tables.items():
-            # Tensor by tensor: beside a whole model there may be no room for its state twice.
-            put_safetensors(folder / f"{name}.safetensors", DictSource(table))
+            put_table(folder / f"{name}.safetensors", table)
         texts = {
             "optimizer.json": json.dumps(plain),
             "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),
@@ -253,8 +285,6 @@ def load_state(path: Path, parts: StateParts, accepted: Collection[str] = ()) ->
         DataError: if it is broken or holds other parameters.
         ModelError: if the trainable weights do not fit this configuration.
     """
-    from safetensors.torch import load_file
-
     manifest = read_manifest(path)
     plain = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
     stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
@@ -266,17 +296,17 @@ def load_state(path: Path, parts: StateParts, accepted: Collection[str] = ()) ->
             f"network and the learning rates as they stand in {path / 'config.toml'}"
         )
     try:
-        parts.trainable.load(load_file(path / "trainable.safetensors"))
+        parts.trainable.load(read_table(path / "trainable.safetensors"))
     except ModelError as problem:
         raise ModelError(
             f"--resume = {path}: {problem}\n  give the options of the network as they stand in {path / 'config.toml'}"
         ) from None
     if same_optimizer:
-        load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
+        load_optimizer_state(parts, read_table(path / "optimizer.safetensors"), plain)
     average = path / "ema.safetensors"
     if parts.ema is not None:
         # A state without one is of a run without it: the average begins with the weights as they stand.
-        parts.ema.load(load_file(average) if average.is_file() else parts.trainable.tensors())
+        parts.ema.load(read_table(average) if average.is_file() else parts.trainable.tensors())
     for name, (_, restore) in parts.extras.items():
         # A change of precision is allowed: the state of a run without scaled gradients has no scale.
         if name in stored["extras"]:

@@ -110,5 +110,6 @@ def changed_options(before: str, after: str) -> list[str]:
     return [
         f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}: {meaning}"
         for name in options()
+        if not (name == "max_train_steps" and "max_train_epochs" in new)
         if old.get(name) != new.get(name) and (meaning := meaning_of(name)) is not None
     ]
