@@ -125,8 +125,8 @@ def join_ranks(meeting: str | None = None) -> None:
     if meeting is None:
         distributed.init_process_group(backend)
     else:
-        ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-        distributed.init_process_group(backend, init_method=meeting, **ranks)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
 
 
 @dataclass

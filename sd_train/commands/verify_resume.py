@@ -89,20 +89,18 @@ def take_updates(words: Sequence[str]) -> tuple[int, list[str]]:
 
 def without_outputs(config: RunConfig) -> RunConfig:
     """`config` with a seed, and without what only looks at the training or copies what it saves."""
-    saving = type(config.saving)(output_dir=config.saving.output_dir, save_state_on_train_end=True)
+    kept = {name: getattr(config.saving, name) for name in ("output_dir", "output_name", "save_model_as",
+                                                            "save_precision")}  # fmt: skip
     return replace(
         config,
         training=config.training.model_copy(update={"seed": config.training.seed or 0}),
         validation=config.validation.model_copy(update={"save_best": False, "validation_patience": None}),
         ema=config.ema.model_copy(update={"sample_ema": False}),
-        saving=saving.model_copy(update={
-            "output_name": config.saving.output_name, "save_model_as": config.saving.save_model_as,
-            "save_precision": config.saving.save_precision,
-        }),
-        sampling=type(config.sampling)(),
-        logging=type(config.logging)(),
-        hub=type(config.hub)(),
-    )  # fmt: skip
+        saving=type(config.saving).model_validate({**kept, "save_state_on_train_end": True}),
+        sampling=type(config.sampling).model_validate({}),
+        logging=type(config.logging).model_validate({}),
+        hub=type(config.hub).model_validate({}),
+    )
 
 
 @contextmanager
