@@ -91,7 +91,7 @@ def test_a_state_that_was_tampered_with_is_refused(
 @pytest.mark.parametrize(
     ("more", "rule"),
     [
-        ("--seed 4", "was trained with 3"),
+        ("--seed 4", "seed: 3 -> 4"),
         ("--network_dim 8", "--network_dim makes it"),
         ("--network_alpha 2", "--network_alpha is 2"),
         ("--network_train_unet_only", "does not train"),

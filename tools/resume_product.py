@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.resume_cases import (
+from resume_cases import (
     AXES,
     Row,
     check_row,
@@ -107,7 +108,8 @@ def main() -> int:
             if differences:
                 print(f"{name_of(row)}: {'; '.join(differences)[:600]}", flush=True)
             if number % 100 == 0:
-                print(f"{number} of {len(rows)} rows, {differing} differ, {time.monotonic() - started:.0f} s", flush=True)
+                passed = time.monotonic() - started
+                print(f"{number} of {len(rows)} rows, {differing} differ, {passed:.0f} s", flush=True)
     print(f"{len(rows)} rows in one go and in parts of 7 + 6 + 7 updates: {differing} differ")
     return 1 if differing else 0
 
