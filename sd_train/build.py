@@ -193,7 +193,7 @@ def _train(
     text = dump_toml(repeatable(config, progress.seed))
     report = make_report(prepared, text)
     uploader = make_uploader(prepared, report.message)
-    extras: dict[str, Extra] = {"report": (report.state, report.load)}
+    extras: dict[str, Extra] = {"report": (report.state, report.load), "updater": (updater.state, updater.load)}
     if updater.scaler is not None:
         extras["scaler"] = (updater.scaler.state, updater.scaler.load)
     ema = _make_ema(prepared, trainable)
@@ -245,8 +245,6 @@ def _resume(
         parts = replace(parts, extras={name: extra for name, extra in parts.extras.items() if name != "report"})
     resumed = load_state(path, parts, accepted)
     say(f"resumed {resumed.path} at step {progress.step} of {prepared.plan.total_steps}")
-    for note in prepared.start.notes:
-        warn(note)
     for change in changed_options(resumed.config_text, parts.config_text):
         warn(f"changed since the state was saved: {change}")
     if parts.ema is not None and not resumed.average:

@@ -194,12 +194,20 @@ class Updater:
 
     def figures(self) -> dict[str, float | Tensor]:
         """What is worth logging: the step size that the optimizer estimated; with fp16 the scale of the gradients, and
-        how many updates of this run were skipped because they overflowed."""
+        how many updates were skipped because they overflowed."""
         figures = rate_figures(self.optimizer)
         if self.scaler is not None:
             figures["grad_scale"] = self.scaler.scale
             figures["skipped_updates"] = self.skipped
         return figures
+
+    def state(self) -> dict[str, int]:
+        """What its figures need to go on after a resume."""
+        return {"skipped": self.skipped}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Go on from `state`."""
+        self.skipped = int(state["skipped"])
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a scalar; there are none where dropout left every module out of the batch."""

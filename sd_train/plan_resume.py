@@ -118,7 +118,7 @@ def _go_on(
     before: Mapping[str, Any] = stored.extra.get(_OWNER, {})
     found = {name: change for name in facts if name in before and (change := _change(name, before[name], facts[name]))}
     per_update = int(before.get("processes", 1)) * int(before.get("gradient_accumulation_steps", 1))
-    notes = []
+    notes = [] if before else ["the state does not say what it is of: dataset, seed and processes were not compared"]
     if before and per_update == updates.per_update:
         split = [found.pop(name) for name in ("processes", "gradient_accumulation_steps") if name in found]
         if split:

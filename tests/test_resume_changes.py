@@ -101,12 +101,11 @@ def test_another_base_model_and_optimizer_are_told_together(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = write_small_file(tmp_path, "sd2")
-    more = "--max_train_steps 5 --optimizer_type Lion --resume_anyway prediction"
+    more = "--max_train_steps 5 --optimizer_type Lion"
     assert again(other, folder, tmp_path / "out", more) == 3
     said = capsys.readouterr().err
     assert "was trained on another base model" in said
     assert "is one of AdamW; give what the state was saved with, or go on anyway with --resume_anyway optimizer" in said
-    assert "--resume_anyway prediction has no effect" in said or "prediction" not in said
 
 
 def test_an_accepted_optimizer_begins_anew(small_model: Path, folder: Path, tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_a_training_begins_elsewhere(
     train(small_model, dataset, tmp_path / "a", f"{more} --save_state --logging_dir {logs}")
     said = "".join(capsys.readouterr())
     assert "begins after step 6 of 14, in epoch 2" in said
-    assert "--initial_epoch = 7 has no effect: initial_step is given" in said or "initial_epoch has no effect" in said
+    assert "--initial_epoch has no effect: initial_step is given, as in sd-scripts" in said
     curve = scalars(logs)["lr/unet"]
     assert [step for step, _ in curve] == list(range(7, 15))
     assert [value for _, value in curve] == pytest.approx([1 - n / 14 for n in range(8)])

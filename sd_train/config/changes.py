@@ -48,9 +48,10 @@ _BY_OPTION: Mapping[str, str] = {
     "vae": "the same weights (they were compared) at another place",
     **dict.fromkeys(("clip_skip", "max_token_length", "weighted_captions"), _TEXT),
     **dict.fromkeys(
-        ("cache_latents", "cache_latents_to_disk", "cache_dir", "vae_batch_size", "cache_text_encoder_outputs",
-         "cache_text_encoder_outputs_to_disk"), _CACHE,
+        ("cache_dir", "vae_batch_size", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), _CACHE
     ),
+    **dict.fromkeys(("cache_latents", "cache_latents_to_disk"), "cached latents are drawn once for each image, "
+                    "others anew for each sample"),
     "cache_latents_sample": "latents are drawn otherwise from the autoencoder's posterior from here on",
     "cache_caption_variants": "captions are drawn from other variants from here on",
     "masked_loss": _LOSS,
