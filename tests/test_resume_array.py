@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import itertools
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.runs import run_process
+from tests.runs import environment
 from tools.resume_cases import (
     AXES,
     Row,
@@ -59,9 +60,10 @@ def launched(folder: Path) -> Path:
     """The folder in which two processes have trained all their rows, in one start."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    done = run_process(launch_words(TOGETHER, folder / "model.safetensors", folder, port))
+    words = launch_words(TOGETHER, folder / "model.safetensors", folder, port)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("trained ") == len(TOGETHER)
+    assert [f"trained {name_of(row)}" in done.stdout for row in TOGETHER] == [True] * len(TOGETHER)
     return folder
 
 

@@ -45,7 +45,8 @@ AXES: Mapping[str, Mapping[str, str]] = {
     "objective": {
         "plain": "",
         "importance": "--timestep_sampling importance --min_snr_gamma 5",
-        "dream": "--dream_training --loss_type huber --noise_offset 0.1 --noise_offset_random_strength",
+        "noise": "--noise_offset 0.1 --noise_offset_random_strength --multires_noise_iterations 4 --ip_noise_gamma 0.1 "
+        "--timestep_sampling logit_normal --loss_type huber",
     },
     "ema": {"no": "", "yes": "--use_ema --ema_decay 0.9"},
     "accumulation": {"1": "", "2": "--gradient_accumulation_steps 2"},
