@@ -9,7 +9,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,10 +153,8 @@ class Trial:
         )
         said = io.StringIO()
         try:
-            if quiet:
-                with redirect_stdout(said), redirect_stderr(said):
-                    run(replace(self.config, saving=saving), until)
-            else:
+            # Saves and stops are of folders that will be gone.
+            with redirect_stdout(said) if quiet else nullcontext(), redirect_stderr(said):
                 run(replace(self.config, saving=saving), until)
         except BaseException:
             print(said.getvalue(), end="", file=sys.stderr)
