@@ -18,7 +18,8 @@ from sd_train.build_outputs import make_norms, make_report, make_uploader, open_
 from sd_train.build_trainable import export_of, make_trainable
 from sd_train.build_validation import make_validation
 from sd_train.checkpoint import Checkpoint
-from sd_train.config.dump import changed_options, dump_toml, repeatable
+from sd_train.config.changes import changed_options
+from sd_train.config.dump import dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
 from sd_train.control import Control, forget_orders
@@ -35,7 +36,7 @@ from sd_train.optim.ema import Ema
 from sd_train.optim.inference import InferenceWeights
 from sd_train.optim.optimizers import find_optimizer, make_optimizer
 from sd_train.optim.schedules import ScheduleOptions, make_schedule
-from sd_train.plan import Prepared, plan_fingerprint, prepare
+from sd_train.plan import Prepared, prepare
 from sd_train.plan_data import draw_function, draw_settings, model_request, text_options, written_folders
 from sd_train.plan_network import told_numbers
 from sd_train.plan_optimizer import eight_bit_state
@@ -61,8 +62,10 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, until: int | None = None) -> int:
     """Train as `config` says; the process's exit code.
+
+    `until`: the update after which it stops, as if it had been asked to.
 
     Raises:
         UserError: with the way out.
@@ -81,7 +84,7 @@ def run(config: RunConfig) -> int:
     quiet_libraries()
     _probe_folders(prepared)
     try:
-        return _train(prepared, say, warn)
+        return _train(prepared, say, warn, until)
     except ImageError as problem:
         raise ImageError(
             f"{problem}. All such files are found by `sd-train doctor` or --verify_images; --skip_broken_images leaves "
@@ -160,7 +163,9 @@ def _install(prepared: Prepared, family: Family, trainable: Trainable) -> None:
                 family.checkpoint_gradients(role)
 
 
-def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str], None]) -> int:
+def _train(
+    prepared: Prepared, say: Callable[[str], None], warn: Callable[[str], None], until: int | None
+) -> int:
     config, device, progress, plan = prepared.config, prepared.device, prepared.progress, prepared.plan
     schedule = make_schedule(ScheduleOptions.of(config.optimizer, plan.rates), plan.total_steps)
     trainable = make_trainable(prepared)
@@ -188,7 +193,7 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
     text = dump_toml(repeatable(config, progress.seed))
     report = make_report(prepared, text)
     uploader = make_uploader(prepared, report.message)
-    extras: dict[str, Extra] = {"report": (report.state, report.load)}
+    extras: dict[str, Extra] = {"report": (report.state, report.load), "updater": (updater.state, updater.load)}
     if updater.scaler is not None:
         extras["scaler"] = (updater.scaler.state, updater.scaler.load)
     ema = _make_ema(prepared, trainable)
@@ -199,19 +204,9 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
         extras["importance"] = (objective.importance.state, objective.importance.load)
     parts = StateParts(trainable, groups, optimizer, extras, text, digest, ema)
     if prepared.resume is not None:
-        resumed = load_state(prepared.resume, parts)
-        progress = resumed.progress
-        say(f"resumed {resumed.path} at step {progress.step} of {plan.total_steps}")
-        for change in changed_options(resumed.config_text, parts.config_text):
-            warn(f"changed since the state was saved: {change}")
-        if ema is not None and not resumed.average:
-            warn("the state holds no moving average: it begins with the weights as they stand")
-        if progress.extra.get("data") != plan_fingerprint(prepared):
-            warn(
-                "the dataset, its settings or the number of processes are not those of the saved state: from "
-                "here on the images come in another order than they would have, the rest goes on as it was"
-            )
-    progress.extra["data"] = plan_fingerprint(prepared)
+        _resume(prepared, prepared.resume, parts, say, warn)
+    elif progress.step:
+        say(f"begins after step {progress.step} of {plan.total_steps}, in epoch {progress.epoch + 1}")
     fill_caches(prepared, family)
     checkpoint = _make_checkpoint(prepared, family, parts, report, uploader)
     validation = make_validation(prepared, family, objective, parts, report, checkpoint)
@@ -226,7 +221,7 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
             report, preview, checkpoint, guard, make_norms(config, groups, report),
-            validation, control,
+            validation, control, until,
         )  # fmt: skip
         try:
             train(training)
@@ -238,6 +233,22 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
             raise
     device.close()
     return 0
+
+
+def _resume(
+    prepared: Prepared, path: Path, parts: StateParts, say: Callable[[str], None], warn: Callable[[str], None]
+) -> None:
+    """Put the state at `path` back, and say what is different now."""
+    progress, accepted = prepared.progress, prepared.config.saving.resume_anyway
+    if not prepared.start.goes_on:
+        # The running mean of the losses is of another place in the epoch.
+        parts = replace(parts, extras={name: extra for name, extra in parts.extras.items() if name != "report"})
+    resumed = load_state(path, parts, accepted)
+    say(f"resumed {resumed.path} at step {progress.step} of {prepared.plan.total_steps}")
+    for change in changed_options(resumed.config_text, parts.config_text):
+        warn(f"changed since the state was saved: {change}")
+    if parts.ema is not None and not resumed.average:
+        warn("the state holds no moving average: it begins with the weights as they stand")
 
 
 def _groups(prepared: Prepared, trainable: Trainable) -> list[ParamGroup]:

@@ -105,9 +105,28 @@ def open_device(precision: Precision) -> Device:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
-    if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:
+        join_ranks()
     return Device(device, precision, rank, world)
+
+
+def join_ranks(meeting: str | None = None) -> None:
+    """Make the group of the ranks that the launcher started, if there is none; waits for all of them.
+
+    `meeting`: where they meet, as torch's `init_method`; None: the launcher's own store, which only the first group of
+    a process can be made through.
+    """
+    if distributed.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if meeting is None:
+        distributed.init_process_group(backend)
+    else:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
 
 
 @dataclass
@@ -175,12 +194,20 @@ class Updater:
 
     def figures(self) -> dict[str, float | Tensor]:
         """What is worth logging: the step size that the optimizer estimated; with fp16 the scale of the gradients, and
-        how many updates of this run were skipped because they overflowed."""
+        how many updates were skipped because they overflowed."""
         figures = rate_figures(self.optimizer)
         if self.scaler is not None:
             figures["grad_scale"] = self.scaler.scale
             figures["skipped_updates"] = self.skipped
         return figures
+
+    def state(self) -> dict[str, int]:
+        """What its figures need to go on after a resume."""
+        return {"skipped": self.skipped}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Go on from `state`."""
+        self.skipped = int(state["skipped"])
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a scalar; there are none where dropout left every module out of the batch."""

@@ -19,7 +19,7 @@ from sd_train.preview import Preview
 from sd_train.report import Report
 from sd_train.report_norms import Norms
 from sd_train.trainables.base import ParamGroup, Trainable
-from sd_train.types import Progress
+from sd_train.types import RATES_FROM, Progress
 from sd_train.validate import Validation
 
 
@@ -44,6 +44,12 @@ class Training:
     norms: Norms | None = None
     validate: Validation | None = None
     control: Control | None = None
+    until: int | None = None
+    """The update after which this run stops as if it had been asked to, before the training's end."""
+
+    def curve_place(self) -> int:
+        """Which update of the rates' curve comes next: the training's own, less what `--initial_step` passed over."""
+        return min(self.progress.step - int(self.progress.extra.get(RATES_FROM, 0)), self.end - 1)
 
 
 def train(run: Training) -> bool:
@@ -54,7 +60,7 @@ def train(run: Training) -> bool:
     if run.preview is not None:
         run.preview(progress)
     for update in run.updates.starting_at(progress, run.end):
-        factor = run.schedule.factor(progress.step)
+        factor = run.schedule.factor(run.curve_place())
         active = [group.active(progress.step) for group in run.groups]
         rates = [group.lr * factor * on for group, on in zip(run.groups, active, strict=True)]
         updater.set_rates(rates, active)
@@ -92,6 +98,7 @@ def train(run: Training) -> bool:
         if run.validate is not None and run.validate.gives_up:
             break
         stop = run.control is not None and follow(run, run.control, run.control.orders(progress.step))
+        stop = stop or progress.step == run.until
         if progress.step < run.end and (stop or run.guard.should_stop(progress.step)):
             run.checkpoint.interrupted(progress)
             return False

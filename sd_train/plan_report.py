@@ -283,6 +283,8 @@ def describe_outputs(prepared: Prepared) -> str:
     lines = [f"saves: {files} in {prepared.config.saving.output_dir}"]
     if prepared.resume is not None:
         lines.insert(0, f"goes on after update {prepared.progress.step}, from {prepared.resume}")
+    elif prepared.progress.step:
+        lines.insert(0, f"begins after update {prepared.progress.step}")
     for save in (*written.saves[:6], *written.saves[-1:]) if len(written.saves) > 7 else written.saves:
         size = "size not known before loading" if save.bytes is None else _size(save.bytes)
         also = (", with state" if save.state else "") + (f", and {save.average.name}" if save.average else "")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from sd_train.errors import ConfigError, DataError, ModelError
+from sd_train.config.changes import way_out
+from sd_train.errors import ConfigError, DataError, ModelError, UserError
 from sd_train.families.sources import DictSource
 from sd_train.families.streaming import put_safetensors
 from sd_train.files import sha256, write_folder
@@ -25,6 +27,8 @@ from sd_train.types import Progress
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_SHARED = "shared"
+"""Entry of a table's metadata: name -> the one under which the same memory is written."""
 
 Extra = tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]]
 """How to read a JSON state and how to put it back."""
@@ -56,14 +60,43 @@ class ResumedFrom:
     """Whether it held a moving average."""
 
 
+def put_table(path: Path, table: Mapping[str, Tensor]) -> None:
+    """Write `table`; tensors that are the same memory are written once, under the first of their names."""
+    first: dict[object, str] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in table.items():
+        # Without numbers there is no memory to share.
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+        owner = first.setdefault(place if tensor.numel() else name, name)
+        if owner != name:
+            shared[name] = owner
+    kept = {name: tensor for name, tensor in table.items() if name not in shared}
+    # Tensor by tensor: beside a whole model there may be no room for its state twice.
+    put_safetensors(path, DictSource(kept), {_SHARED: json.dumps(shared)} if shared else None)
+
+
+def read_table(path: Path) -> dict[str, Tensor]:
+    """What `put_table` was given; names of the same memory have the same tensor again."""
+    with safe_open(path, "pt") as file:
+        table: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shared: dict[str, str] = json.loads((file.metadata() or {}).get(_SHARED, "{}"))
+    return table | {name: table[owner] for name, owner in shared.items()}
+
+
+def cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of `tensors`, one for the names that share a tensor: the memory of a file's tensors lies differently, and
+    with it some libraries' sums round differently."""
+    copies = {id(tensor): tensor.clone() for tensor in tensors.values()}
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+
+
 def optimizer_state(parts: StateParts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as tensors, the live ones, and JSON, by parameter name instead of number."""
     names = [name for group in parts.groups for name in group.params]
     saved = parts.optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    kind = type(parts.optimizer)
-    package = kind.__module__.partition(".")[0]
-    plain: dict[str, Any] = {"optimizer": kind.__name__, "package": package, "state": {}, "groups": []}
+    kind, package = _optimizer_name(parts.optimizer)
+    plain: dict[str, Any] = {"optimizer": kind, "package": package, "state": {}, "groups": []}
     for number, values in saved["state"].items():
         name = names[number]
         plain["state"][name] = {key: encode(value, f"state/{name}/{key}", tensors) for key, value in values.items()}
@@ -79,7 +112,7 @@ def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain
     What the optimizer has learned comes from the state, what was given to it (weight decay, betas) from this run's
     configuration.
     """
-    optimizer = parts.optimizer
+    optimizer, tensors = parts.optimizer, cloned(tensors)
     given = inspect.signature(type(optimizer)).parameters
     named = {name: parameter for group in parts.groups for name, parameter in group.params.items()}
     numbers = {name: number for number, name in enumerate(named)}
@@ -90,7 +123,7 @@ def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain
     for path, tensor in tensors.items():
         kind, owner, key = path.split("/", 2)
         if kind == "state" and "/" not in key and key not in saved[owner]:
-            saved[owner][key] = tensor.clone()
+            saved[owner][key] = tensor
     groups = []
     for place, group in enumerate(optimizer.state_dict()["param_groups"]):
         restored = {
@@ -133,8 +166,7 @@ def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
         if parts.ema is not None:
             tables["ema"] = parts.ema.tensors
         for name, table in tables.items():
-            # Tensor by tensor: beside a whole model there may be no room for its state twice.
-            put_safetensors(folder / f"{name}.safetensors", DictSource(table))
+            put_table(folder / f"{name}.safetensors", table)
         texts = {
             "optimizer.json": json.dumps(plain),
             "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),
@@ -217,48 +249,64 @@ def read_progress(path: Path) -> Progress:
     return Progress(**stored["progress"])
 
 
-def load_state(path: Path, parts: StateParts) -> ResumedFrom:
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+    """Its class, and the package that this comes from."""
+    kind = type(optimizer)
+    return kind.__name__, kind.__module__.partition(".")[0]
+
+
+def _check_fit(
+    path: Path, base_model: str, plain: Mapping[str, Any], parts: StateParts, accepted: Collection[str]
+) -> None:
+    """Raise what the state at `path` and this run differ in, as far as it was not accepted."""
+    problems: list[UserError] = []
+    if base_model != parts.base_model and "base_model" not in accepted:
+        problems.append(DataError(
+            f"--resume = {path}: was trained on another base model (tensor digest {base_model[:12]}, this one has "
+            f"{parts.base_model[:12]}); {way_out('base_model')}"
+        ))
+    ours, theirs = _optimizer_name(parts.optimizer), (plain["optimizer"], plain["package"])
+    if ours != theirs and "optimizer_type" not in accepted:
+        other = theirs[0] if theirs[0] != ours[0] else ".".join(reversed(theirs))
+        problems.append(ConfigError(
+            f"--optimizer_type = {ours[0]}: the state at {path} is one of {other}; {way_out('optimizer_type')}"
+        ))
+    if problems:
+        raise type(problems[0])(*map(str, problems))
+
+
+def load_state(path: Path, parts: StateParts, accepted: Collection[str] = ()) -> ResumedFrom:
     """Put back the state at `path`.
 
+    `accepted`: "base_model" and "optimizer_type" may be others; another optimizer begins anew.
+
     Raises:
-        ConfigError: if it belongs to another optimizer.
-        DataError: if it is broken or was trained on another base model.
+        ConfigError: if it belongs to another optimizer, or another base model.
+        DataError: if it is broken or holds other parameters.
         ModelError: if the trainable weights do not fit this configuration.
     """
-    from safetensors.torch import load_file
-
     manifest = read_manifest(path)
-    if manifest["base_model"] != parts.base_model:
-        raise DataError(
-            f"--resume = {path}: was trained on another base model (tensor digest {manifest['base_model'][:12]}, this "
-            f"one has {parts.base_model[:12]}); give the same --pretrained_model_name_or_path"
-        )
     plain = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
     stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    kind = type(parts.optimizer)
-    ours, package = kind.__name__, kind.__module__.partition(".")[0]
-    if plain["optimizer"] != ours or plain.get("package", package) != package:
-        other = plain["optimizer"] if plain["optimizer"] != ours else f"{plain['package']}.{ours}"
-        raise ConfigError(
-            f"--optimizer_type = {ours}: the state at {path} is one of {other}; give that, or start anew "
-            "from the saved file with --network_weights"
-        )
+    _check_fit(path, str(manifest["base_model"]), plain, parts, accepted)
+    same_optimizer = _optimizer_name(parts.optimizer) == (plain["optimizer"], plain["package"])
     if set(plain["state"]) - {name for group in parts.groups for name in group.params}:
         raise DataError(
             f"--resume = {path}: holds parameters that this configuration does not train; give the options of the "
             f"network and the learning rates as they stand in {path / 'config.toml'}"
         )
     try:
-        parts.trainable.load(load_file(path / "trainable.safetensors"))
+        parts.trainable.load(read_table(path / "trainable.safetensors"))
     except ModelError as problem:
         raise ModelError(
             f"--resume = {path}: {problem}\n  give the options of the network as they stand in {path / 'config.toml'}"
         ) from None
-    load_optimizer_state(parts, load_file(path / "optimizer.safetensors"), plain)
+    if same_optimizer:
+        load_optimizer_state(parts, read_table(path / "optimizer.safetensors"), plain)
     average = path / "ema.safetensors"
     if parts.ema is not None:
         # A state without one is of a run without it: the average begins with the weights as they stand.
-        parts.ema.load(load_file(average) if average.is_file() else parts.trainable.tensors())
+        parts.ema.load(read_table(average) if average.is_file() else parts.trainable.tensors())
     for name, (_, restore) in parts.extras.items():
         # A change of precision is allowed: the state of a run without scaled gradients has no scale.
         if name in stored["extras"]:

@@ -85,6 +85,10 @@ class Conditioning:
     """Concatenated to the latents, [B, channels, height, width]."""
 
 
+RATES_FROM = "rates_from"
+"""Key in `Progress.extra`: the update at which the curve of the learning rates begins, where it is not the first."""
+
+
 @dataclass
 class Progress:
     """The resume contract: where the training stands, over all its runs."""

@@ -103,18 +103,6 @@ def test_changed_optimizer_arguments_act_after_a_resume(
     assert differences(decayed, run / "lora.safetensors")
 
 
-def test_a_changed_dataset_is_told_of(
-    run: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    state = run / "lora-step00000001-state"
-    same = write_dataset(tmp_path / "same.toml")
-    train(small_model, same, tmp_path / "a", f"{STATES} --resume {state}")
-    assert "the dataset, its settings" not in capsys.readouterr().err
-    changed = write_dataset(tmp_path / "changed.toml", subset="num_repeats = 2")
-    train(small_model, changed, tmp_path / "b", f"{STATES} --resume {state}")
-    assert "the dataset, its settings" in capsys.readouterr().err
-
-
 def test_broken_states_that_latest_passes_over_are_named(
     run: Path, small_model: Path, dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

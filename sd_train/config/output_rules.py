@@ -94,6 +94,16 @@ def _retention(chosen: Chosen, warnings: list[str]) -> None:
 
 
 def _resume(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
+    values = chosen.values
+    if values.get("resume_anyway") and values.get("resume", "") is None:
+        warnings.append(f"{chosen.where('resume_anyway')} has no effect: resume is not given")
+    if values.get("initial_epoch") is not None and values.get("initial_step") is not None:
+        where = chosen.where("initial_epoch")
+        warnings.append(f"{where} has no effect: initial_step is given, as in sd-scripts")
+    places = [values.get(name) for name in ("initial_step", "initial_epoch")]
+    if values.get("skip_until_initial_step") and places == [None, None]:
+        reason = "neither initial_step nor initial_epoch is given; resume always goes on with the very next update"
+        warnings.append(f"{chosen.where('skip_until_initial_step')} has no effect: {reason}")
     if not chosen.valid("resume", "resume_from_huggingface") or not chosen.values["resume_from_huggingface"]:
         return
     where, resume = chosen.where("resume_from_huggingface"), chosen.values["resume"]
