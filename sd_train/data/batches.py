@@ -19,7 +19,7 @@ from sd_train.data.index import ImageIndex
 from sd_train.data.order import MicroBatch, Order
 from sd_train.data.record import ImageRecord
 from sd_train.diffusion.draws import Draws
-from sd_train.types import Batch, Progress, Update
+from sd_train.types import QUARANTINE, Batch, Progress, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,16 +150,19 @@ class Updates:
         return found
 
     def starting_at(self, progress: Progress, end: int) -> Iterator[Update]:
-        """Updates from `progress` on until `end` (over all runs of the training), endlessly over epochs."""
+        """Updates from `progress` on until `end` (over all runs of the training), endlessly over epochs.
+
+        Those in the quarantine of `progress` keep their number and have neither samples nor batches.
+        """
         settings = self.settings
         workers = min(settings.workers, 1) if self.cache is not None else settings.workers
         if not workers:
-            for update, tasks in self._planned(progress.step, progress.epoch, progress.index, end):
+            for update, tasks in self._planned(progress, end):
                 update.batches = map(self._prepare, tasks)
                 yield update
             return
         with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
-            planned = self._planned(progress.step, progress.epoch, progress.index, end)
+            planned = self._planned(progress, end)
             ahead: deque[tuple[Update, list[Future[Batch]]]] = deque()
 
             def submit(count: int) -> None:
@@ -176,13 +179,16 @@ class Updates:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _planned(self, step: int, epoch: int, index: int, end: int) -> Iterator[tuple[Update, list[_Task]]]:
+    def _planned(self, progress: Progress, end: int) -> Iterator[tuple[Update, list[_Task]]]:
+        step, epoch, index = progress.step, progress.epoch, progress.index
+        left_out = {entry["step"] for entry in progress.extra.get(QUARANTINE, ())}
         while step < end:
             count = self.updates_in(epoch)
             while index < count and step < end:
                 order = self.order.epoch(epoch)
                 first = index * self.per_update
-                slots = [order.batch(number) for number in range(first, min(first + self.per_update, len(order)))]
+                stop = first if step in left_out else min(first + self.per_update, len(order))
+                slots = [order.batch(number) for number in range(first, stop)]
                 samples = sum(slot.planned for slot in slots)
                 last = index + 1 == count
                 yield Update(step, epoch, index, last, samples, iter(())), self._tasks(step, slots, end)
