@@ -15,6 +15,7 @@ from sd_train.build_caches import fill_caches
 from sd_train.build_network import merge_base
 from sd_train.build_objective import denoise_settings
 from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
+from sd_train.build_preflight import preflight
 from sd_train.build_safety import make_safety, make_watch
 from sd_train.build_trainable import export_of, make_trainable
 from sd_train.build_validation import make_validation
@@ -230,16 +231,24 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
             report, preview, checkpoint, guard, make_safety(prepared, watch, parts, updater, report.message),
             Splitting(report.message), make_norms(config, groups, report), validation, control,
         )  # fmt: skip
-        try:
-            train(training)
-        except (DataError, RuntimeError, MemoryError) as problem:
-            # Both come before an optimizer's step (memory for its state is taken in the first one): the weights are
-            # those of the last whole update.
-            if progress.step and (isinstance(problem, DataError) or out_of_memory(problem)):
-                checkpoint.interrupted(progress)
-            raise
+        if config.safety.preflight:
+            preflight(prepared, training, say, warn)
+        _train_on(training)
     device.close()
     return 0
+
+
+def _train_on(training: Training) -> None:
+    """Train; what ends it between two updates leaves a state behind."""
+    try:
+        train(training)
+    except (DataError, RuntimeError, MemoryError) as problem:
+        # Both come before an optimizer's step (memory for its state is taken in the first one): the weights are those
+        # of the last whole update.
+        between = isinstance(problem, DataError) or out_of_memory(problem)
+        if training.progress.step and between and training.safety.finite():
+            training.checkpoint.interrupted(training.progress)
+        raise
 
 
 def _groups(prepared: Prepared, trainable: Trainable) -> list[ParamGroup]:

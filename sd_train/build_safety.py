@@ -34,9 +34,7 @@ def make_safety(
 ) -> Safety:
     """What is done about bad updates."""
     chosen = prepared.config.safety
-    return Safety(
-        chosen.nan_policy, watch, parts, updater, say, chosen.max_rollbacks, chosen.snapshot_every_n_steps
-    )
+    return Safety(chosen.nan_policy, watch, parts, updater, say, chosen.max_rollbacks, chosen.snapshot_every_n_steps)
 
 
 def snapshot_bytes(prepared: Prepared, numbers: int) -> int:

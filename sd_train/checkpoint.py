@@ -139,21 +139,25 @@ class Checkpoint:
                 f"{path}: not written, the weights at step {progress.step} are not finite; go back to an earlier save "
                 "and use a lower learning rate"
             )
-        ema, told = self.parts.ema, self.metadata(progress)
         with self.report.untimed():
-            with InferenceWeights(self.parts.trainable, self.parts.optimizer).for_inference():
-                self.export(self.parts.trainable, path, told, None)
-                if ema is not None:
-                    own = {**told, "ss_ema_decay": str(ema.decay)}
-                    self.export(self.parts.trainable, self.names.average(stem), own, ema.tensors)
-            if state:
-                save_state(self.names.state(stem), progress, self.parts)
-        models = [path, *([self.names.average(stem)] if ema else [])]
-        written = self.names.state(stem) if state else None
+            models, written = self.write(stem, progress, state=state)
         self.report.message(f"saved {' and '.join(map(str, [*models, *([written] if written else [])]))}")
         if self.saved is not None:
             with self.report.untimed():
                 self.saved(models, written)
+
+    def write(self, stem: str, progress: Progress, *, state: bool) -> tuple[list[Path], Path | None]:
+        """Write what a save has; the models' files, and the state's folder."""
+        path, ema, told = self.names.model(stem), self.parts.ema, self.metadata(progress)
+        with InferenceWeights(self.parts.trainable, self.parts.optimizer).for_inference():
+            self.export(self.parts.trainable, path, told, None)
+            if ema is not None:
+                own = {**told, "ss_ema_decay": str(ema.decay)}
+                self.export(self.parts.trainable, self.names.average(stem), own, ema.tensors)
+        if state:
+            save_state(self.names.state(stem), progress, self.parts)
+        models = [path, *([self.names.average(stem)] if ema else [])]
+        return models, self.names.state(stem) if state else None
 
     def now(self, progress: Progress) -> None:
         """A model file and a state, because somebody asks for them."""

@@ -90,7 +90,7 @@ class Safety:
             return
         self.settle()
         # An optimizer can make of finite gradients what is not.
-        if not self._finite():
+        if not self.finite():
             files = self.watch.device.gather([path for paths, _ in self._seen for path in paths])
             raise Suspect(progress.step - 1, "the weights after it are not finite", files)
         self._snapshot = take_snapshot(self.parts, progress, self._snapshot)
@@ -117,9 +117,9 @@ class Safety:
         """Save a state in front of what was found; the error that ends the run."""
         found = self._end
         assert found is not None
-        if not self._finite() and self._snapshot is not None:
+        if not self.finite() and self._snapshot is not None:
             self._restore(self._snapshot, progress)
-        saved = progress.step > 0 and self._finite()
+        saved = progress.step > 0 and self.finite()
         if saved:
             save(progress)
         return RunError(*self._report(found, progress, saved))
@@ -148,7 +148,8 @@ class Safety:
         self.updater.renew()
         snapshot.restore(self.parts, progress)
 
-    def _finite(self) -> bool:
+    def finite(self) -> bool:
+        """Whether the weights and their average are, as they stand."""
         average = {} if self.parts.ema is None else self.parts.ema.tensors
         return all_finite([*self.parts.trainable.tensors().values(), *average.values()])
 

@@ -149,6 +149,17 @@ class Updates:
             ))
         return found
 
+    def largest(self, progress: Progress, end: int) -> Update:
+        """The micro-batch with the most pixels of the epoch that `progress` stands in, or of the first one after it
+        that has any, as an update of its own, once for each rank; nothing of the training goes by it."""
+        areas = [np.array(index.buckets, np.int64).prod(axis=1)[index.bucket_of] for index in self.indexes]
+        epoch, slot = progress.epoch, None
+        while slot is None:
+            slot, epoch = self.order.epoch(epoch).heaviest(areas), epoch + 1
+        task = _Task(progress.step, slot, self.settings.rank * len(slot.records), self.settings.rank, False, end)
+        samples = slot.planned * self.settings.world
+        return Update(progress.step, epoch - 1, 0, False, samples, map(self._prepare, [task]))
+
     def starting_at(self, progress: Progress, end: int) -> Iterator[Update]:
         """Updates from `progress` on until `end` (over all runs of the training), endlessly over epochs.
 
