@@ -145,8 +145,11 @@ class Safety:
         return lines
 
     def _restore(self, snapshot: Snapshot, progress: Progress) -> None:
+        left_out = quarantine(progress)
         self.updater.renew()
         snapshot.restore(self.parts, progress)
+        # It is not of the past: the snapshot may be older than what was found since.
+        progress.extra[QUARANTINE] = left_out
 
     def finite(self) -> bool:
         """Whether the weights and their average are, as they stand."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from sd_train.data.index import ImageIndex
 from sd_train.data.order import MicroBatch, Order
 from sd_train.data.record import ImageRecord
 from sd_train.diffusion.draws import Draws
+from sd_train.errors import DataError, UserError
 from sd_train.types import QUARANTINE, Batch, Progress, Update
 
 if TYPE_CHECKING:
@@ -218,9 +220,18 @@ class Updates:
         return tasks
 
     def _prepare(self, task: _Task) -> Batch:
+        """The micro-batch of `task`.
+
+        Raises:
+            DataError: if it cannot be made; it names the file, or those that it may be.
+        """
+        index = self.indexes[task.slot.dataset]
+        records = [index.record(row) for row in task.slot.records.tolist()]
+        with _naming(records):
+            return self._batch(task, records)
+
+    def _batch(self, task: _Task, records: list[ImageRecord]) -> Batch:
         settings, slot = self.settings, task.slot
-        index = self.indexes[slot.dataset]
-        records = [index.record(row) for row in slot.records.tolist()]
         # What is random about a sample goes by the epoch that it belongs to, which may be before the running one.
         samples = list(zip(records, slot.epochs.tolist(), slot.repeats.tolist(), strict=True))
         views = [sample_view(record, settings.seed, epoch, repeat) for record, epoch, repeat in samples]
@@ -256,9 +267,27 @@ class Updates:
         )
 
 
+@contextmanager
+def _naming(records: Sequence[ImageRecord]) -> Iterator[None]:
+    """Whatever goes wrong inside is told with the images' names: it may happen in a thread, hours after the start."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as problem:
+        names = ", ".join(dict.fromkeys(printable(str(record.path)) for record in records))
+        raise DataError(
+            f"{names}: cannot be prepared ({type(problem).__name__}: {problem}); look at it with sd-train doctor, or "
+            "leave it out"
+        ) from problem
+
+
 def _pictures(records: Sequence[ImageRecord], views: Sequence[View]) -> tuple[Tensor, Tensor | None]:
     """Pixels [B, 3, H, W], and the masks [B, H / 8, W / 8] if there is any, with ones for pictures without."""
-    pictures = [prepare(record, view) for record, view in zip(records, views, strict=True)]
+    pictures = []
+    for record, view in zip(records, views, strict=True):
+        with _naming([record]):
+            pictures.append(prepare(record, view))
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     masks = [picture.mask for picture in pictures]
     shape = next((mask.shape for mask in masks if mask is not None), None)
