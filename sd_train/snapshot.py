@@ -28,6 +28,10 @@ class Snapshot:
     def restore(self, parts: StateParts, progress: Progress) -> None:
         """Put everything back, `progress` included; the snapshot stays as it is."""
         parts.trainable.load(self.trainable)
+        # Some optimizers note things in their groups at the first step, which loading would leave there.
+        for group, saved in zip(parts.optimizer.param_groups, self.optimizer_plain["groups"], strict=True):
+            for key in group.keys() - saved.keys() - {"params"}:
+                del group[key]
         load_optimizer_state(parts, self.optimizer, self.optimizer_plain)
         if parts.ema is not None and self.average is not None:
             parts.ema.load(self.average)

@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_computed_in_parts(
 ) -> None:
     photos = write_dataset(tmp_path / "d.toml")
     # So that an update is proportional to the gradient; AdamW makes a step of every rounding error.
-    more = "--max_train_steps 4 --train_batch_size 4 --gradient_accumulation_steps 2 --timestep_sampling importance "
+    more = "--max_train_steps 2 --train_batch_size 4 --gradient_accumulation_steps 2 --timestep_sampling importance "
     more += "--optimizer_type SGD --learning_rate 10 --prior_preservation frozen --class_prompt cat "
     whole = train(small_model, photos, tmp_path / "whole", more)
     start = train(small_model, photos, tmp_path / "start", f"{more} --learning_rate 1e-12")
