@@ -195,7 +195,7 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
     objective = Denoise(family, trainable, device, denoise_settings(config))
     if objective.importance is not None:
         extras["importance"] = (objective.importance.state, objective.importance.load)
-    watch = make_watch(prepared, sum(sizes))
+    watch = make_watch(prepared, sum(sizes), say)
     if watch.spike_factor is not None:
         extras["watch"] = (watch.state, watch.load)
     parts = StateParts(trainable, groups, optimizer, extras, text, digest, ema)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from sd_train.device import Updater
 from sd_train.plan import Prepared
+from sd_train.plan_report import size_text
 from sd_train.safety import Safety
 from sd_train.state import StateParts
 from sd_train.watch import Watch
@@ -16,7 +17,7 @@ _SMALL = 2**30
 """Bytes of a snapshot that nobody has to ask for."""
 
 
-def make_watch(prepared: Prepared, numbers: int) -> Watch:
+def make_watch(prepared: Prepared, numbers: int, say: Callable[[str], None]) -> Watch:
     """What finds bad updates, where `numbers` learn: late, or before the optimizer's step.
 
     Late, so that nobody waits for the device, takes snapshots. Whoever asks for rollbacks gets them; otherwise they
@@ -26,6 +27,9 @@ def make_watch(prepared: Prepared, numbers: int) -> Watch:
     policy, small = config.safety.nan_policy, snapshot_bytes(prepared, numbers) <= _SMALL
     waits = device.device.type != "cuda" or device.precision == "fp16"
     late = policy == "rollback" or (policy == "stop" and small and not waits)
+    if policy == "rollback":
+        size, every = size_text(snapshot_bytes(prepared, numbers)), config.safety.snapshot_every_n_steps
+        say(f"rollback: about {size} of memory hold a snapshot, which is renewed at least every {every} updates")
     return Watch(device, spike_factor=config.safety.loss_spike_factor, at_once=not late)
 
 

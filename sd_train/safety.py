@@ -137,7 +137,7 @@ class Safety:
         else:
             kept = "nothing is saved: " + ("no update was done" if progress.step == 0 else "its weights are not finite")
             ways = "lower the learning rate, and look at the images with sd-train doctor"
-        lines[0] += f". {kept}; {ways}"
+        lines[0] += f"; {kept}; {ways}"
         left_out = quarantine(progress)
         if self.policy == "rollback" and left_out:
             lines[0] += f" (--max_rollbacks {self.most_rollbacks} are done)"

@@ -103,8 +103,8 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let verdicts be read late, as on a GPU, also where the policy is to stop."""
     real = sd_train.build.make_watch
 
-    def make_watch(prepared: Any, numbers: int) -> Watch:
-        watch = real(prepared, numbers)
+    def make_watch(*given: Any) -> Watch:
+        watch = real(*given)
         watch.at_once = False
         return watch
 
@@ -121,7 +121,7 @@ def test_stop_saves_what_was_before_and_a_resume_may_leave_it_out(
             late(monkeypatch)
         assert main(words(small_model, photos, tmp_path / name, MORE)) == 4
         said = capsys.readouterr().err
-        assert re.search(rf"error: stopped before update {BAD + 1} \(its loss is nan; \S+\.jpg\)\. the state", said)
+        assert re.search(rf"error: stopped before update {BAD + 1} \(its loss is nan; \S+\.jpg\); the state", said)
         assert "--nan_policy rollback" in said
     name = f"lora-step{BAD:08d}"
     for file in (f"{name}.safetensors", f"{name}-state/optimizer.safetensors", f"{name}-state/ema.safetensors"):
