@@ -305,7 +305,7 @@ class TestRules:
             ("--huber_schedule snr --huber_c 0.1 --huber_scale 1 --p2_k 1", None),
             ("--p2_k 2", "--p2_k has no effect: p2_gamma is not given"),
             ("--max_rollbacks 5", "--max_rollbacks has no effect: nan_policy is not rollback"),
-            ("--nan_policy skip --snapshot_every_n_steps 9", "--snapshot_every_n_steps has no effect: nan_policy is skip"),
+            ("--nan_policy skip --snapshot_every_n_steps 9", "has no effect: nan_policy is skip"),
             ("--dream_detail_preservation 10", "dream_training is not given"),
         ],
     )
