@@ -15,6 +15,8 @@ from sd_train.build_caches import fill_caches
 from sd_train.build_network import merge_base
 from sd_train.build_objective import denoise_settings
 from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
+from sd_train.build_preflight import preflight
+from sd_train.build_safety import make_safety, make_watch
 from sd_train.build_trainable import export_of, make_trainable
 from sd_train.build_validation import make_validation
 from sd_train.checkpoint import Checkpoint
@@ -23,7 +25,7 @@ from sd_train.config.dump import dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
 from sd_train.control import Control, forget_orders
-from sd_train.device import Updater
+from sd_train.device import Updater, out_of_memory
 from sd_train.errors import DataError, ImageError, RunError, UserError
 from sd_train.families.base import Family
 from sd_train.families.registry import load_family
@@ -45,6 +47,7 @@ from sd_train.plan_report import describe, disk_warnings
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line, warn_line
+from sd_train.splitting import Splitting
 from sd_train.state import Extra, StateParts, load_state
 from sd_train.trainables.average import AverageWeights
 from sd_train.trainables.base import ParamGroup, Trainable
@@ -91,7 +94,7 @@ def run(config: RunConfig, until: int | None = None) -> int:
             "them out"
         ) from None
     except (RuntimeError, MemoryError) as problem:
-        if not _out_of_memory(problem):
+        if not out_of_memory(problem):
             raise
         reason = str(problem).splitlines()[0]
         raise RunError(
@@ -114,13 +117,6 @@ def _probe_folders(prepared: Prepared) -> None:
     # All must also have looked at the output folder before the first one writes there.
     if prepared.device.any(refused is not None):
         raise refused or RunError("the first process cannot write its files; mend what it says")
-
-
-def _out_of_memory(problem: BaseException) -> bool:
-    """Only CUDA has an error of its own for it; the CPU's and Apple's are plain ones."""
-    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(problem) for words in ("can't allocate memory", "out of memory"))
 
 
 def _silent(text: str) -> None:
@@ -186,7 +182,8 @@ def _train(
         f"model: {config.model.pretrained_model_name_or_path} ({family.base_version}, predicts {predicts}); "
         f"{trainable.describe()}"
     )
-    if (state := eight_bit_state(config, [parameter.numel() for group in params for parameter in group])) is not None:
+    sizes = [parameter.numel() for group in params for parameter in group]
+    if (state := eight_bit_state(config, sizes)) is not None:
         say(state)
     assert family.latent is not None
     prepared.updates.draw = draw_function(draw_settings(config, progress.seed), family.latent)
@@ -202,6 +199,9 @@ def _train(
     objective = Denoise(family, trainable, device, denoise_settings(config))
     if objective.importance is not None:
         extras["importance"] = (objective.importance.state, objective.importance.load)
+    watch = make_watch(prepared, sum(sizes), say)
+    if watch.spike_factor is not None:
+        extras["watch"] = (watch.state, watch.load)
     parts = StateParts(trainable, groups, optimizer, extras, text, digest, ema)
     if prepared.resume is not None:
         _resume(prepared, prepared.resume, parts, say, warn)
@@ -220,17 +220,12 @@ def _train(
     with uploader or nullcontext(), report, Guard(agree) as guard:
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
-            report, preview, checkpoint, guard, make_norms(config, groups, report),
-            validation, control, until,
+            report, preview, checkpoint, guard, make_safety(prepared, watch, parts, updater, report.message),
+            Splitting(report.message), make_norms(config, groups, report), validation, control, until,
         )  # fmt: skip
-        try:
-            train(training)
-        except (DataError, RuntimeError, MemoryError) as problem:
-            # Both come before an optimizer's step (memory for its state is taken in the first one): the weights are
-            # those of the last whole update.
-            if progress.step and (isinstance(problem, DataError) or _out_of_memory(problem)):
-                checkpoint.interrupted(progress)
-            raise
+        if config.safety.preflight:
+            preflight(prepared, training, say, warn)
+        _train_on(training)
     device.close()
     return 0
 
@@ -249,6 +244,19 @@ def _resume(
         warn(f"changed since the state was saved: {change}")
     if parts.ema is not None and not resumed.average:
         warn("the state holds no moving average: it begins with the weights as they stand")
+
+
+def _train_on(training: Training) -> None:
+    """Train; what ends it between two updates leaves a state behind."""
+    try:
+        train(training)
+    except (DataError, RuntimeError, MemoryError) as problem:
+        # Both come before an optimizer's step (memory for its state is taken in the first one): the weights are those
+        # of the last whole update.
+        between = isinstance(problem, DataError) or out_of_memory(problem)
+        if training.progress.step and between and training.safety.finite():
+            training.checkpoint.interrupted(training.progress)
+        raise
 
 
 def _groups(prepared: Prepared, trainable: Trainable) -> list[ParamGroup]:
@@ -285,6 +293,7 @@ def _make_checkpoint(
         export_of(prepared, family),
         None if uploader is None else uploader.saved,
         retention,
+        share=prepared.device.shared if prepared.device.world > 1 else None,
     )
 
 

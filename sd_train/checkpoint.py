@@ -13,11 +13,13 @@ from torch import Tensor
 
 from sd_train.errors import RunError
 from sd_train.files import write_tensors
+from sd_train.guard import ASK_OTHERS_EVERY
 from sd_train.lora_files.writing import to_diffusers
 from sd_train.names import FileNames, Moment
 from sd_train.optim.inference import InferenceWeights
 from sd_train.report import Report
 from sd_train.retention import Retention
+from sd_train.snapshot import all_finite
 from sd_train.state import StateParts, save_state
 from sd_train.trainables.base import Trainable
 from sd_train.types import Progress
@@ -89,19 +91,37 @@ class Checkpoint:
     retention: Retention = field(default_factory=Retention)
     clock: Callable[[], float] = time.monotonic
     """Seconds, for `--save_every_n_minutes`."""
+    share: Callable[[int], int] | None = None
+    """Gives every rank the main rank's number; None where there is one rank only."""
     last_saved: float | None = field(default=None, init=False)
     """By the clock; None before the first update of this process."""
+    _due: tuple[int, list[Moment]] = field(default=(0, []), init=False)
+    """An update, and what is to be saved after it."""
+
+    def due(self, progress: Progress) -> list[Moment]:
+        """What is to be saved after an update; every rank gets the same answer, however often it asks."""
+        if self._due[0] != progress.step:
+            due = self.intervals.due(progress, self.end_epoch)
+            if self._minutes_passed(progress.step) and not due:
+                due = [("step", progress.step)]
+            self._due = progress.step, due
+        return self._due[1]
+
+    def _minutes_passed(self, step: int) -> bool:
+        """By the clock of the first process, which saves; the others are asked along now and then."""
+        minutes, now = self.intervals.every_n_minutes, self.clock()
+        if self.last_saved is None:
+            self.last_saved = now
+        passed = minutes is not None and now - self.last_saved >= 60 * minutes
+        if self.share is None or minutes is None:
+            return passed
+        return step % ASK_OTHERS_EVERY == 0 and bool(self.share(int(passed)))
 
     def __call__(self, progress: Progress) -> None:
         """Save where it is due, then delete what is old."""
-        # Only the first process saves, so only its clock counts.
+        due = self.due(progress)
         if not self.is_main:
             return
-        if self.last_saved is None:
-            self.last_saved = self.clock()
-        due, minutes = self.intervals.due(progress, self.end_epoch), self.intervals.every_n_minutes
-        if not due and minutes is not None and self.clock() - self.last_saved >= 60 * minutes:
-            due = [("step", progress.step)]
         for moment in due:
             self.save(self.names.stem(moment), progress, state=self.intervals.state)
             self.last_saved = self.clock()
@@ -113,26 +133,31 @@ class Checkpoint:
         if not self.is_main:
             return
         path = self.names.model(stem)
-        if not all(bool(tensor.isfinite().all()) for tensor in self.parts.trainable.tensors().values()):
+        average = {} if self.parts.ema is None else self.parts.ema.tensors
+        if not all_finite([*self.parts.trainable.tensors().values(), *average.values()]):
             raise RunError(
                 f"{path}: not written, the weights at step {progress.step} are not finite; go back to an earlier save "
                 "and use a lower learning rate"
             )
-        ema, told = self.parts.ema, self.metadata(progress)
         with self.report.untimed():
-            with InferenceWeights(self.parts.trainable, self.parts.optimizer).for_inference():
-                self.export(self.parts.trainable, path, told, None)
-                if ema is not None:
-                    average = {**told, "ss_ema_decay": str(ema.decay)}
-                    self.export(self.parts.trainable, self.names.average(stem), average, ema.tensors)
-            if state:
-                save_state(self.names.state(stem), progress, self.parts)
-        models = [path, *([self.names.average(stem)] if ema else [])]
-        written = self.names.state(stem) if state else None
+            models, written = self.write(stem, progress, state=state)
         self.report.message(f"saved {' and '.join(map(str, [*models, *([written] if written else [])]))}")
         if self.saved is not None:
             with self.report.untimed():
                 self.saved(models, written)
+
+    def write(self, stem: str, progress: Progress, *, state: bool) -> tuple[list[Path], Path | None]:
+        """Write what a save has; the models' files, and the state's folder."""
+        path, ema, told = self.names.model(stem), self.parts.ema, self.metadata(progress)
+        with InferenceWeights(self.parts.trainable, self.parts.optimizer).for_inference():
+            self.export(self.parts.trainable, path, told, None)
+            if ema is not None:
+                own = {**told, "ss_ema_decay": str(ema.decay)}
+                self.export(self.parts.trainable, self.names.average(stem), own, ema.tensors)
+        if state:
+            save_state(self.names.state(stem), progress, self.parts)
+        models = [path, *([self.names.average(stem)] if ema else [])]
+        return models, self.names.state(stem) if state else None
 
     def now(self, progress: Progress) -> None:
         """A model file and a state, because somebody asks for them."""

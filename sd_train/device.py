@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -77,6 +78,14 @@ class Device:
         distributed.broadcast_object_list(said, src=0)
         return said[0]
 
+    def gather(self, own: Sequence[str]) -> list[str]:
+        """What every rank has, in their order; waits for all of them."""
+        if self.world == 1:
+            return [*own]
+        said: list[Any] = [None] * self.world
+        distributed.all_gather_object(said, [*own])
+        return [text for texts in said for text in texts]
+
     def close(self) -> None:
         """Leave the group of ranks."""
         if self.world > 1 and distributed.is_initialized():
@@ -86,6 +95,20 @@ class Device:
         """Wait for all ranks."""
         if self.world > 1:
             distributed.barrier()
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Only CUDA has an error of its own for it; the CPU's and Apple's are plain ones."""
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(problem) for words in ("can't allocate memory", "out of memory"))
+
+
+def free_memory() -> None:
+    """Give back what nothing uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def open_device(precision: Precision) -> Device:
@@ -174,6 +197,12 @@ class Updater:
         self.skipped = 0
         self._steps = 0
 
+    def renew(self) -> None:
+        """Let every group learn again, as before the first `set_rates`."""
+        for parameter in (parameter for group in self.groups for parameter in group):
+            parameter.requires_grad_(True)
+        self.params = [parameter for group in self.groups for parameter in group]
+
     def set_rates(self, rates: Sequence[float], active: Sequence[bool]) -> None:
         """Set the learning rate of each group, in order; one that is not `active` any more is left alone for good."""
         for group, rate in zip(self.optimizer.param_groups, rates, strict=bool(self.groups)):
@@ -193,11 +222,12 @@ class Updater:
         return {} if chosen else rates
 
     def figures(self) -> dict[str, float | Tensor]:
-        """What is worth logging: the step size that the optimizer estimated; with fp16 the scale of the gradients, and
-        how many updates were skipped because they overflowed."""
+        """What is worth logging: the step size that the optimizer estimated; how many updates were skipped, with fp16
+        because they overflowed; and with fp16 the scale of the gradients."""
         figures = rate_figures(self.optimizer)
         if self.scaler is not None:
             figures["grad_scale"] = self.scaler.scale
+        if self.scaler is not None or self.skipped:
             figures["skipped_updates"] = self.skipped
         return figures
 
@@ -217,9 +247,15 @@ class Updater:
         torch.autograd.backward(scaled)
 
     def step(self, look: Callable[[], None] | None = None) -> Tensor:
-        """Take one optimizer step; returns the gradients' norm before clipping, on the device.
+        """Take one optimizer step; returns the gradients' norm before clipping, on the device. See `reduce`."""
+        norm = self.reduce(look)
+        self.apply(norm)
+        return norm
 
-        `look` is called when the gradients are those of the whole update and not yet clipped.
+    def reduce(self, look: Callable[[], None] | None = None) -> Tensor:
+        """Make the gradients those of the whole update; returns their norm, on the device.
+
+        `look` is called when they are, and not yet clipped.
         """
         gradients = [gradient_of(parameter) for parameter in self.params]
         if self.device.world > 1:
@@ -230,7 +266,16 @@ class Updater:
             torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
         if look is not None:
             look()
-        norm = nn.utils.get_total_norm(gradients, foreach=True if self.device.device.type != "mps" else None)
+        return nn.utils.get_total_norm(gradients, foreach=True if self.device.device.type != "mps" else None)
+
+    def suspicious(self, norm: Tensor) -> Tensor:
+        """`norm`, or 0 where the scale of fp16's gradients takes care of those that overflow."""
+        return norm if self.scaler is None or self.scaler.scale <= 1.0 else torch.zeros_like(norm)
+
+    def apply(self, norm: Tensor) -> None:
+        """Take the optimizer's step by the gradients, whose `norm` `reduce` gave."""
+        if not self.params:
+            return
         # In fp16 an overflow must be known before the step, which is the only wait of the host inside an update.
         finite = self.scaler is None or bool(torch.isfinite(norm))
         if finite:
@@ -245,7 +290,10 @@ class Updater:
         self._steps += 1
         if self.device.world > 1 and self._steps % COMPARE_RANKS_EVERY == 0:
             compare_ranks(self.params)
-        return norm
+
+    def drop(self) -> None:
+        """Leave the gradients without a step."""
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:

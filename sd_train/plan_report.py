@@ -57,6 +57,9 @@ class Outputs:
     previews: tuple[int, ...]
     """Updates after which sample pictures are made; 0 is before the first."""
     pictures: int
+    most_models: int
+    """That lie on the disk together; one with its moving average counts once."""
+    most_states: int
     disk_bytes: int | None
     cache_bytes: int
     """At most, of latents and captions in the cache folder, if they are kept there."""
@@ -195,16 +198,18 @@ def outputs(prepared: Prepared) -> Outputs:
     previews = _previews(prepared) if prepared.prompts else []
     # A state holds the weights and, for most optimizers, two more numbers for each, in float32; and the average.
     averages = int(config.ema.use_ema)
+    models, states = _most_at_once(prepared, saves)
+    models += int(config.validation.save_best)
     disk = None
     if size is not None and weights is not None:
-        models, states = _most_at_once(prepared, saves)
-        files = (models + int(config.validation.save_best)) * (1 + averages)
-        disk = files * size + states * weights * (12 + 4 * averages)
+        disk = models * (1 + averages) * size + states * weights * (12 + 4 * averages)
     cached = caches_latents(config) and config.dataset.cache_latents_to_disk
     return Outputs(
         saves=tuple(saves),
         previews=tuple(previews),
         pictures=len(previews) * len(prepared.prompts),
+        most_models=models,
+        most_states=states,
         disk_bytes=disk,
         cache_bytes=(sum(map(_latent_bytes, plan.indexes)) if cached else 0)
         + _text_bytes(prepared),
@@ -286,7 +291,7 @@ def describe_outputs(prepared: Prepared) -> str:
     elif prepared.progress.step:
         lines.insert(0, f"begins after update {prepared.progress.step}")
     for save in (*written.saves[:6], *written.saves[-1:]) if len(written.saves) > 7 else written.saves:
-        size = "size not known before loading" if save.bytes is None else _size(save.bytes)
+        size = "size not known before loading" if save.bytes is None else size_text(save.bytes)
         also = (", with state" if save.state else "") + (f", and {save.average.name}" if save.average else "")
         lines.append(f"  {save.path.name} after update {save.update}, {size}{also}")
     if len(written.saves) > 7:
@@ -297,9 +302,9 @@ def describe_outputs(prepared: Prepared) -> str:
     if (state := describe_state(prepared)) is not None:
         lines.append(state)
     if written.disk_bytes is not None:
-        lines.append(f"disk: about {_size(written.disk_bytes)} for models and states")
+        lines.append(f"disk: about {size_text(written.disk_bytes)} for models and states")
     if written.cache_bytes:
-        lines.append(f"cache on disk: up to {_size(written.cache_bytes)}, less what is there already")
+        lines.append(f"cache on disk: up to {size_text(written.cache_bytes)}, less what is there already")
     caches = [name for name, on in (("latents", caches_latents(prepared.config)), ("captions", caches_texts(
         prepared.config))) if on]
     if caches:
@@ -307,7 +312,8 @@ def describe_outputs(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """1234567 -> 1.23 MB."""
     value, unit = float(count), "B"
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":

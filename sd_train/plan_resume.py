@@ -24,7 +24,7 @@ from sd_train.families.parts import ModelKind
 from sd_train.metadata import now
 from sd_train.randomness import derive
 from sd_train.state import read_progress
-from sd_train.types import RATES_FROM, Progress
+from sd_train.types import QUARANTINE, RATES_FROM, Progress
 
 _OWNER = "facts"
 """Place in `Progress.extra` of what the training is of."""
@@ -137,11 +137,12 @@ def _go_on(
     idle = [name for name in accepted if name in facts and name not in found]
     notes += [f"--resume_anyway {name} has no effect: it is as it was" for name in idle]
     notes += [f"accepted by --resume_anyway: {change}: {ACCEPTED[name]}" for name, change in found.items()]
-    if "dataset" in found or "seed" in found:
-        return replace(stored, index=0), notes
-    if before and per_update != updates.per_update:
-        return replace(stored, index=stored.index * per_update // updates.per_update), notes
-    return stored, notes
+    anew = "dataset" in found or "seed" in found
+    if not anew and (not before or per_update == updates.per_update):
+        return stored, notes
+    # What was to be left out has other images now.
+    extra = {name: value for name, value in stored.extra.items() if name != QUARANTINE}
+    return replace(stored, index=0 if anew else stored.index * per_update // updates.per_update, extra=extra), notes
 
 
 def _change(name: str, before: Any, after: Any) -> str:

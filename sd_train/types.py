@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+QUARANTINE = "quarantine"
+"""In `Progress.extra`: the updates that are left out, as a list of `{"step": number from zero, ...}`."""
+
+
 class Geometry(NamedTuple):
     """What was done to one image, in pixels, (height, width) and (top, left) as SDXL's conditioning has them."""
 
@@ -68,7 +72,7 @@ class Update:
     """Number of the update within its epoch, from zero."""
     last_in_epoch: bool
     samples: int
-    """Real samples over all ranks and micro-batches; what fills a short batch is not counted."""
+    """Real samples over all ranks and micro-batches; what fills a short batch is not counted. 0: it is left out."""
     batches: Iterator[Batch]
     """The micro-batches of this rank, in order, prepared ahead."""
 

@@ -52,6 +52,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "validation_timesteps": st.integers(1, 100),
     "min_timestep": st.integers(1, 500),
     "max_timestep": st.integers(501, 999),
+    "loss_spike_factor": st.floats(1.01, 1e6),
     "unet_lr": st.floats(1e-9, 1),
     "face_crop_aug_range": st.tuples(st.floats(1e-9, 1), st.floats(1, 1e9)),
     "resume_anyway": st.lists(st.sampled_from(FACTS), unique=True).map(tuple),

@@ -84,6 +84,7 @@ def example(option: Option) -> Any:
         return option.choices[-1]
     special: dict[str, Any] = {
         "block_lr": ",".join(["1e-5"] * 23), "network_args": ["conv_dim=4"], "base_weights_multiplier": [0.5],
+        "loss_spike_factor": 2.5,
     }  # fmt: skip
     plain: dict[str, Any] = {"flag": True, "int": 3, "float": 0.25, "text": "x", "list": ["x"]}
     return special.get(option.name, plain[option.kind])

@@ -68,6 +68,10 @@ class Preservation:
         self._noted = []
         return {"loss/prior": kept / samples}
 
+    def forget(self) -> None:
+        """Drop what was noted."""
+        self._noted = []
+
 
 def _for_each(rows: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """One text's rows, `count` times."""
