@@ -3,7 +3,8 @@
 Trains a tiny LoRA or a tiny whole model again and again, each time in a process of its own that is killed, stopped,
 refused room by its disk or given damaged states at a moment that the seed chooses. Every file that is visible then is
 compared with that of a run which nobody disturbed, byte by byte; the training is resumed with `--resume latest` (or
-begun anew where nothing was saved), and must end in the same bytes. The wall clock is years wrong, another way each time.
+begun anew where nothing was saved), and must end in the same bytes. The wall clock is years wrong, each time another
+way.
 Prints what is not as it should be, and counts. Needs Linux; full disks are real ones (tmpfs) where they may be mounted.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import importlib
 import os
 import random
 import shutil
@@ -22,7 +24,7 @@ import tempfile
 import tomllib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,26 +79,45 @@ def in_child(action: Callable[[], int], log: Path) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     code = FAILED
     try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        code = action()
+        with into(log):
+            code = action()
     except BaseException:
         traceback.print_exc()
     finally:
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(code)
 
 
-def trained(kind: Kind, output: Path, more: str, faults: Faults) -> int:
-    """Train, in this process, with faults."""
-    import importlib
+@contextlib.contextmanager
+def into(log: Path) -> Iterator[None]:
+    """What this process says goes into a file meanwhile, whoever says it."""
+    kept = [os.dup(1), os.dup(2)]
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        for target in (1, 2):
+            os.dup2(file, target)
+        yield
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, target in zip(kept, (1, 2), strict=True):
+            os.dup2(descriptor, target)
+            os.close(descriptor)
+        os.close(file)
 
-    faults.install()
+
+def run(kind: Kind, output: Path, more: str) -> int:
+    """Train, in this process."""
     main = importlib.import_module(f"sd_train.{kind.command}").main
     return int(main([*kind.words, "--output_dir", str(output), *more.split()]))
+
+
+def trained(kind: Kind, output: Path, more: str, faults: Faults) -> int:
+    """Train, in this process, with faults from here on."""
+    faults.install()
+    return run(kind, output, more)
 
 
 def save_small_model(path: Path) -> None:
@@ -130,8 +151,10 @@ def prepare(place: Path, name: str) -> Kind:
         --max_train_steps {UPDATES} --max_data_loader_n_workers 0 --save_state --cache_latents_to_disk
         --cache_dir {place / "cache"}""".split()
     kind = Kind(name, command, words, extension, place / f"{name}-reference")
-    everything = "--save_every_n_steps 1 --save_every_n_epochs 1"
-    _undisturbed(kind, kind.reference, everything, place)
+    # In this process, so that what a training imports is there in all that come of it.
+    with into(place / "log"):
+        if run(kind, kind.reference, "--save_every_n_steps 1 --save_every_n_epochs 1"):
+            raise SystemExit(f"the undisturbed run of {name} failed")
     kind.moments = _undisturbed(kind, place / f"{name}-whole", EVERY, place)
     back = copy_saves(kind, place / f"{name}-back")
     more = f"{EVERY} --resume {kind.names(back).state('it-step00000001')}"
