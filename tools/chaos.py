@@ -4,8 +4,8 @@ Trains a tiny LoRA or a tiny whole model again and again, each time in a process
 refused room by its disk or given damaged states at a moment that the seed chooses. Every file that is visible then is
 compared with that of a run which nobody disturbed, byte by byte; the training is resumed with `--resume latest` (or
 begun anew where nothing was saved), and must end in the same bytes. The wall clock is years wrong, each time another
-way.
-Prints what is not as it should be, and counts. Needs Linux; full disks are real ones (tmpfs) where they may be mounted.
+way. Prints what is not as it should be, and counts. Needs Linux; full disks are real ones (tmpfs) where they may be
+mounted.
 """
 
 from __future__ import annotations
@@ -29,12 +29,9 @@ os.environ.setdefault("SOURCE_DATE_EPOCH", "1700000000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-
-from sd_train.files import size_of
-from sd_train.state import MANIFEST
-from tools.chaos_disk import fill, mount_small
-from tools.chaos_faults import Action, Faults, Moment
-from tools.chaos_runs import (
+from chaos_disk import fill, mount_small
+from chaos_faults import Action, Faults, Moment
+from chaos_runs import (
     EVERY,
     FAILED,
     KINDS,
@@ -47,6 +44,9 @@ from tools.chaos_runs import (
     trained,
     unfinished,
 )
+
+from sd_train.files import size_of
+from sd_train.state import MANIFEST
 
 
 @dataclass
@@ -84,9 +84,10 @@ class Chaos:
         if back:
             copy_saves(kind, output)
             more += f" --resume {kind.names(output).state('it-step00000001')}"
-        action: Action = {"kill": "kill", "stop": rng.choice(("term", "int", "int twice"))}.get(what) or rng.choice(
-            ("no room", "bad disk")
-        )
+        actions: dict[str, tuple[Action, ...]] = {
+            "kill": ("kill",), "stop": ("term", "int", "int twice"), "refusal": ("no room", "bad disk"),
+        }  # fmt: skip
+        action = rng.choice(actions[what])
         present = {path.name for path in output.iterdir()} if back else set()
         faults = self._faults(rng, output, moment=moment, action=action, refusals=rng.randint(1, 4))
         code = in_child(lambda: trained(kind, output, more, faults), log)
@@ -192,7 +193,8 @@ class Chaos:
                 elif step == last:
                     empty()
 
-            faults.after, room.Room.wait = after, empty  # type: ignore[method-assign]
+            faults.after = after
+            room.Room.wait = empty  # type: ignore[assignment, method-assign]
             code = trained(kind, output, EVERY, faults)
             for difference in (wrong := [*differences(kind, output), *unfinished(kind, output)]):
                 print(difference)
@@ -244,6 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             count = given.kills if what == "kill" else others
             for number in range(count if given.only in (None, what) else 0):
                 chaos.one(number, what)
+                if number % 50 == 49:
+                    print(f"{number + 1} of {count}: {what}", flush=True)
     chaos.counts["bytes lost"] += 0
     for name, count in chaos.counts.items():
         print(f"{name}: {count}")

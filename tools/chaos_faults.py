@@ -25,7 +25,7 @@ Action = Literal["kill", "term", "int", "int twice", "no room", "bad disk"]
 PACKAGE = Path(sd_train.__file__).parent
 SAVING = (
     "checkpoint.py", "files.py", "names.py", "retention.py", "room.py", "state.py", "trainables/files.py",
-    "trainables/full.py", "families/streaming.py", "families/saving.py", "families/layout_folder.py",
+    "families/streaming.py", "families/layout_folder.py",
 )  # fmt: skip
 """The modules whose lines are places."""
 
@@ -57,7 +57,8 @@ class Faults:
     """Seconds that the wall clock is wrong by."""
     journal: Path | None = None
     """Gets a line for each file or folder that appears in the output folder, or goes."""
-    passed: list[Moment] = field(default_factory=list)
+    passed: list[Moment] | None = None
+    """Gets every moment, where it is given."""
     after: Callable[[int], None] | None = None
     """Told of each update that has ended."""
     _counts: Counter[str] = field(default_factory=Counter)
@@ -78,12 +79,18 @@ class Faults:
         self._files = {str(PACKAGE / name): name for name in SAVING}
         # What the disk refuses here it takes when it is asked again.
         room.RETRY_SECONDS = 0.0
-        for owner, name in ((Updater, "backward"), (Updater, "step"), (Report, "update"), (build, "load_family"),
-                            (build, "make_optimizer"), (build, "fill_caches"), (build, "load_state")):
+        passed: list[tuple[Any, str]] = [
+            (Updater, "backward"), (Updater, "step"), (Report, "update"), (build, "load_family"),
+            (build, "make_optimizer"), (build, "fill_caches"), (build, "load_state"),
+        ]  # fmt: skip
+        for owner, name in passed:
             self._wrap(owner, name, self._passing)
         self._wrap(Progress, "advance", self._advancing)
-        for owner, name in ((Checkpoint, "__call__"), (Checkpoint, "finish"), (Checkpoint, "interrupted"),
-                            (FileNames, "tidy"), (FileNames, "remove_existing"), (build, "write_text")):
+        watched: list[tuple[Any, str]] = [
+            (Checkpoint, "__call__"), (Checkpoint, "finish"), (Checkpoint, "interrupted"), (FileNames, "tidy"),
+            (FileNames, "remove_existing"), (build, "write_text"),
+        ]  # fmt: skip
+        for owner, name in watched:
             self._wrap(owner, name, self._watching)
         self._wrap(Checkpoint, "save", self._in_save)
         for name in ("fsync", "replace", "mkdir"):
@@ -166,9 +173,10 @@ class Faults:
 
     def _hit(self, place: str) -> None:
         self._counts[place] += 1
-        if self.moment is None:
+        if self.passed is not None:
             self.passed.append(Moment(place, self._counts[place], self._step, self._saving > 0))
-        elif self._again or (place == self.moment.place and self._counts[place] == self.moment.number):
+        here = self.moment is not None and place == self.moment.place and self._counts[place] == self.moment.number
+        if here or self._again:
             self._act()
 
     def _act(self) -> None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from chaos_faults import Faults, Moment
 
 from sd_train.names import FileNames
 from sd_train.state import MANIFEST, read_manifest
-from tools.chaos_faults import Faults, Moment
 
 UPDATES = 5
 EVERY = "--save_every_n_steps 2 --save_every_n_epochs 1 --save_last_n_steps 2"
@@ -144,9 +144,9 @@ def _undisturbed(kind: Kind, output: Path, more: str, place: Path) -> list[Momen
     written, log = place / "moments", place / "log"
 
     def action() -> int:
-        faults = Faults(output)
-        code = trained(kind, output, more, faults)
-        written.write_text(repr([(m.place, m.number, m.step, m.saving) for m in faults.passed]), encoding="utf-8")
+        passed = list[Moment]()
+        code = trained(kind, output, more, Faults(output, passed=passed))
+        written.write_text(repr([(m.place, m.number, m.step, m.saving) for m in passed]), encoding="utf-8")
         return code
 
     if code := in_child(action, log):
