@@ -34,10 +34,12 @@ def test_a_training_survives_kills_signals_full_disks_and_damage() -> None:
 def test_tensors_are_cast_and_written_one_by_one(name: str, tmp_path: Path) -> None:
     from tools.bench_save import growth
 
-    tensors = {f"{number}": torch.full((1 << 21,), float(number)) for number in range(12)}
-    figures = growth(
-        lambda path: write_weights(path, tensors, {}, torch.float16, hashes=name != "table.safetensors"),
-        tmp_path / name, tensors.values(),
-    )  # fmt: skip
-    assert figures["file"] >= 50
-    assert figures["growth"] <= figures["largest_tensor"] + 0.1 * figures["file"] + 2
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write_weights(path, tensors, {}, torch.float16, hashes=name != "table.safetensors")
+
+    tensors = {f"{number}": torch.full((1 << 21,), float(number)) for number in range(24)}
+    # What the libraries load and keep when they are first used is no part of it.
+    write(tmp_path / f"first-{name}", dict(list(tensors.items())[:3]))
+    figures = growth(lambda path: write(path, tensors), tmp_path / name, tensors.values())
+    assert figures["file"] >= 100
+    assert figures["growth"] <= figures["largest_tensor"] + 0.1 * figures["file"] + 16

@@ -75,6 +75,8 @@ def write_network(path: Path, tensors: TensorSource | Mapping[str, Tensor], meta
                 file.write(block)
                 digest.update(block)
                 legacy.add(block)
+                # Not to be kept while the next one is read.
+                del block
             file.seek(0)
             file.write(head())
 
