@@ -43,7 +43,7 @@ from sd_train.plan_data import draw_function, draw_settings, model_request, text
 from sd_train.plan_network import told_numbers
 from sd_train.plan_optimizer import eight_bit_state
 from sd_train.plan_outputs import save_rules
-from sd_train.plan_report import describe, disk_warnings
+from sd_train.plan_report import describe, disk_warnings, sizes
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line, warn_line
@@ -214,10 +214,11 @@ def _train(
     if device.is_main:
         if config.saving.overwrite and prepared.resume is None:
             prepared.names.remove_existing()
-        write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
+        write_text(prepared.names.config, parts.config_text)
     control = _make_control(prepared, report)
     agree = device.any if device.world > 1 else None
     with uploader or nullcontext(), report, Guard(agree) as guard:
+        checkpoint.stopping = lambda: guard.stop_requested
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
             report, preview, checkpoint, guard, make_safety(prepared, watch, parts, updater, report.message),
@@ -294,6 +295,8 @@ def _make_checkpoint(
         None if uploader is None else uploader.saved,
         retention,
         share=prepared.device.shared if prepared.device.world > 1 else None,
+        on_disk_full=config.saving.on_disk_full,
+        model_bytes=sizes(prepared)[1] or 0,
     )
 
 

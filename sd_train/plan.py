@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -176,6 +176,8 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     prompts = checks(lambda: _prompts(config, kind))
     device = checks(lambda: open_device(config.training.mixed_precision))
     warn = warn_line if device is not None and device.is_main else _silent
+    if trains and not debug and device is not None:
+        _tidy(names, device, warn)
     resume = checks(lambda: resumed_state(config, names, warn))
     checks(lambda: wandb_run(config, _silent))
     refused = bool(config.saving.resume) and resume is None
@@ -203,6 +205,21 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     plan = make_plan(config, kind, datasets, indexes.validation, updates, start.progress)
     _refuse_finished(start.progress, plan, config)
     return Prepared(config, kind, device, start, resume, names, updates, plan, prompts or (), notes)
+
+
+def _tidy(names: FileNames, device: Device, warn: Callable[[str], None]) -> None:
+    """Put right what a killed run left in the output folder; no process looks for states before."""
+    if device.is_main:
+        found = names.tidy()
+        if found.put_back:
+            warn(f"a run that was killed was about to replace {_listed(found.put_back)}: the old one is back")
+        if found.removed:
+            warn(f"removed what a run that was killed left unfinished: {_listed(found.removed)}")
+    device.barrier()
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def _kind_if_known(config: RunConfig) -> ModelKind | None:

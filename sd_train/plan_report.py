@@ -180,7 +180,7 @@ def outputs(prepared: Prepared) -> Outputs:
     """What the run will write, from where it stands to its end."""
     config, plan, names = prepared.config, prepared.plan, prepared.names
     saving = config.saving
-    weights, size = _sizes(prepared)
+    weights, size = sizes(prepared)
     start, total = prepared.progress.step, plan.total_steps
     ends = epoch_ends(prepared, epoch_interval(saving, plan.epochs))
     saves = []
@@ -232,7 +232,7 @@ def _most_at_once(prepared: Prepared, saves: Sequence[Save]) -> tuple[int, int]:
     return most[False], most[True]
 
 
-def _sizes(prepared: Prepared) -> tuple[int, int] | tuple[None, None]:
+def sizes(prepared: Prepared) -> tuple[int, int] | tuple[None, None]:
     """Numbers that learn, and bytes of a saved file."""
     config, rates = prepared.config, prepared.plan.rates
     # `--debug_dataset` reads no model.
@@ -331,7 +331,9 @@ def disk_warnings(prepared: Prepared) -> list[str]:
         if not os.access(place, os.W_OK):
             warnings.append(f"{option} = {folder}: nothing can be written to {place}; choose another folder")
         elif (free := shutil.disk_usage(place).free) < needed[option]:
+            way_out = "; what does not fit is saved when there is room" if option == "--output_dir" else ""
             warnings.append(
-                f"{option} = {folder}: {free / 1e9:.3g} GB are free and about {needed[option] / 1e9:.3g} GB are needed"
+                f"{option} = {folder}: {free / 1e9:.3g} GB are free and about {needed[option] / 1e9:.3g} GB are "
+                f"needed{way_out}"
             )
     return warnings

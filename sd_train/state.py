@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -178,6 +179,7 @@ def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
         manifest = {
             "format": FORMAT,
             "step": progress.step,
+            "save": 1 + max((order_of(other)[0] for other in path.parent.glob("*-state")), default=0),
             "saved_at": time.time(),
             "base_model": parts.base_model,
             "files": files,
@@ -187,11 +189,29 @@ def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
     write_folder(path, fill)
 
 
+def order_of(path: Path) -> tuple[int, float, int]:
+    """What orders the states of a folder: how many came before the one at `path`, then the clock, then the update.
+
+    The clock may have been put back; states of earlier versions have nothing else. Zeros: the manifest cannot be read.
+    """
+    try:
+        facts = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return int(facts.get("save", 0)), float(facts["saved_at"]), int(facts["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0, 0.0, 0
+
+
+def state_bytes(parts: StateParts) -> int:
+    """How many bytes the tensors of a state have."""
+    tables = [parts.trainable.tensors(), optimizer_state(parts)[0], {} if parts.ema is None else parts.ema.tensors]
+    return sum(tensor.nbytes for table in tables for tensor in table.values())
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the state at `path`, after every file was checked against it.
 
     Raises:
-        DataError: if the state is unsealed, of another format, or a file differs.
+        DataError: if the state is unsealed, of another format, cannot be read, or a file differs.
     """
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -203,7 +223,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise DataError(f"{path}: state format {version}, this version reads {FORMAT}; choose another state")
     for file, (size, digest) in files.items():
-        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
+        try:
+            same = file.is_file() and file.stat().st_size == size and sha256(file) == digest
+        except OSError as problem:
+            raise DataError(f"{file}: cannot be read ({problem.strerror}); choose another state") from None
+        if not same:
             raise DataError(f"{file}: differs from what was saved; choose another state")
     return manifest
 
@@ -215,31 +239,66 @@ def find_state(choice: str, names: FileNames, warn: Callable[[str], None]) -> Pa
 
     Raises:
         ConfigError: if there is none.
+        DataError: if the one at a path is broken; the whole one before it, if there is one, is named.
     """
     if choice != "latest":
-        path = Path(choice)
-        if path.is_file():
-            raise ConfigError(
-                f"--resume = {choice!r}: is a file; give the -state folder, or start from the file's weights with "
-                "--network_weights"
-            )
-        if not path.is_dir():
-            raise ConfigError(f"--resume = {choice!r}: there is no such state folder; give its path, or latest")
-        return path
-    found: list[tuple[float, int, Path]] = []
-    for path in names.states():
+        return _at_path(Path(choice))
+    # Not the one that is furthest on: that may be what an earlier run left, before one went back and took another way.
+    states = [(order_of(path), path) for path in names.states()]
+    # Those that do not tell their place come first: they may be the last ones, and are told of in any case.
+    for _, path in sorted(states, key=lambda state: (not any(state[0]), state[0]), reverse=True):
         try:
-            manifest = read_manifest(path)
-            found.append((float(manifest["saved_at"]), int(manifest["step"]), path))
+            read_manifest(path)
         except DataError as problem:
             warn(f"--resume = 'latest': passed over: {problem}")
-    if not found:
+        else:
+            return path
+    raise ConfigError(
+        f"--resume = 'latest': {names.folder} holds no sealed state named {names.last}-...-state; "
+        "states are written with --save_state; leave --resume away to start anew"
+    )
+
+
+def _at_path(path: Path) -> Path:
+    """`path`, if it is a whole state."""
+    where = f"--resume = {str(path)!r}"
+    if path.is_file():
         raise ConfigError(
-            f"--resume = 'latest': {names.folder} holds no sealed state named {names.last}-...-state; "
-            "states are written with --save_state; leave --resume away to start anew"
+            f"{where}: is a file; give the -state folder, or start from the file's weights with --network_weights"
         )
-    # Not the one that is furthest on: that may be what an earlier run left, before one went back and took another way.
-    return max(found)[2]
+    if not path.is_dir():
+        raise ConfigError(f"{where}: there is no such state folder; give its path, or latest")
+    try:
+        read_manifest(path)
+    except DataError as problem:
+        before = _whole_before(path)
+        way_out = "" if before is None else f": the whole one before it is --resume {before}"
+        raise DataError(f"{where}: {problem}{way_out}") from None
+    return path
+
+
+def _whole_before(path: Path) -> Path | None:
+    """The whole state beside the broken one at `path` that was saved before it, of the same run as far as names tell.
+
+    Where its own place in the order cannot be read, the one that was saved last.
+    """
+    place, run = order_of(path), _of_run(path)
+    others = [other for other in path.absolute().parent.glob("*-state") if _of_run(other) == run]
+    ordered = sorted(((order_of(other), other) for other in others), reverse=True)
+    for order, other in ordered:
+        if order < place or (not any(place) and any(order)):
+            try:
+                read_manifest(other)
+            except DataError:
+                continue
+            return path.parent / other.name
+    return None
+
+
+def _of_run(path: Path) -> str:
+    """The run's name in that of a state folder; empty for a run without one."""
+    name = re.sub(r"(?:-step\d{8}|-\d{6})?-state$", "", path.absolute().name)
+    return "" if name in ("at", "epoch", "last") else name
 
 
 def read_progress(path: Path) -> Progress:

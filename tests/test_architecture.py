@@ -52,6 +52,7 @@ LAYERS: dict[str, int] = {
     "lora_files/*": 4,
     "names.py": 4,
     "retention.py": 4,
+    "room.py": 4,
     "state.py": 4,
     "validate.py": 4,
     "watch.py": 4,

@@ -49,6 +49,10 @@ class SavingOptions(Group):
     )
     save_state: bool = Field(False, description="Save, with each file, the state from which --resume continues.")
     save_state_on_train_end: bool = Field(False, description="Save that state when the training ends.")
+    on_disk_full: Literal["wait", "stop"] = Field(
+        "wait", description="What the end of the training does where its files find no room: wait until there is some "
+        "(Ctrl-C gives up), or stop with exit code 4. Until then the training goes on, and saves when there is room.",
+    )  # fmt: skip
     resume: str | None = Field(None, description="State folder to continue from, or: latest.")
     resume_anyway: Accepted = Field(
         (), description="Go on although these differ from what the state is of: " + ", ".join(FACTS) + "."

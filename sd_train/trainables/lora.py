@@ -258,6 +258,4 @@ class Lora:
 
     def save(self, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write kohya's file, in the precision of the settings, with its hashes."""
-        precision = self.settings.precision or torch.float32
-        chosen = self.tensors() if tensors is None else tensors
-        write_weights(path, {name: tensor.to(precision) for name, tensor in chosen.items()}, metadata)
+        write_weights(path, self.tensors() if tensors is None else tensors, metadata, self.settings.precision)
