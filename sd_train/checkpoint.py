@@ -262,6 +262,7 @@ class Checkpoint:
                 waits = True
             else:
                 return
+            self.room.wait()
             while not self.room.may_try(self._needed(state)) and (asked or not self.stopping()):
                 self.room.wait()
 
