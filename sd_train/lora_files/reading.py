@@ -131,7 +131,7 @@ def json_table(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     """The table that metadata entry `name` holds as JSON; empty if it holds none."""
     try:
         table = json.loads(metadata.get(name, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}
 
