@@ -219,13 +219,18 @@ def read_tensors(path: Path) -> None:
 
 
 def read_lora(path: Path) -> None:
-    """The file as a LoRA: every module, and what `lora check` says of it."""
+    """The file as a LoRA: what `lora check` says of it, and every module's change."""
+    from sd_train.lora_files.adapter import delta
     from sd_train.lora_files.checking import check
     from sd_train.lora_files.reading import open_lora
 
     lora = open_lora(path)
-    list(lora.adapters())
     check(lora)
+    for adapter in lora.adapters():
+        try:
+            delta(adapter)
+        except UserError as problem:
+            raise UserError(f"{path}: {problem}") from None
 
 
 def read_embedding_file(path: Path) -> None:
