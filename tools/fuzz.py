@@ -200,8 +200,8 @@ def outcomes(read: Read, path: Path, files: Iterator[tuple[str, bytes]]) -> Coun
         try:
             read(path)
         except UserError as problem:
-            assert problem.exit_code in (2, 3), f"{kind} {number}: exit code {problem.exit_code}: {problem}"
-            assert str(path) in str(problem), f"{kind} {number}: {problem}"
+            if problem.exit_code not in (2, 3) or str(path) not in str(problem):
+                raise AssertionError(f"{kind} {number}: exit code {problem.exit_code}: {problem}") from problem
             found["refused"] += 1
         except Exception as problem:
             raise AssertionError(f"{kind} {number}: {type(problem).__name__}: {problem}") from problem
@@ -318,8 +318,9 @@ def main(argv: list[str] | None = None) -> int:
             place.mkdir(exist_ok=True)
             for old in place.iterdir():
                 old.unlink()
+            files = lies(wholes[name], options.count, options.seed)
             try:
-                found = outcomes(READERS[name], place / "x.safetensors", lies(wholes[name], options.count, options.seed))
+                found = outcomes(READERS[name], place / "x.safetensors", files)
             except AssertionError as problem:
                 print(f"{name}, seed {options.seed}: {problem}")
                 return 1
