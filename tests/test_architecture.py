@@ -315,11 +315,17 @@ def test_ways_for_foreign_code_are_found() -> None:
         "torch.load(p)\nfrom torch import save\nimport urllib.request\nrun(x, shell=True)\nos.system(x)\nimport wandb\n"
     )
     module = Module("sd_train/device.py", text, ast.parse(text))
-    assert [line.partition(":")[2] for line in forbidden(module)] == [
+    assert sorted(line.partition(":")[2] for line in forbidden(module)) == [
+        "10: os.system makes code of data",
+        f"11: the network is for {', '.join(ASKING)}",
         "1: marshal belongs in sd_train/families/pickles.py alone",
         "2: exec makes code of data",
         "4: trust_remote_code must be False",
         "6: torch.load belongs in sd_train/families/pickles.py alone",
+        "6: torch.load needs weights_only=True",
+        "7: torch.save belongs in sd_train/families/pickles.py alone",
+        "8: urllib reaches other machines",
+        "9: a shell makes code of data",
     ]
 
 
