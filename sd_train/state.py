@@ -6,30 +6,29 @@ import inspect
 import json
 import re
 import time
+import tomllib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from sd_train.config.changes import way_out
 from sd_train.errors import ConfigError, DataError, ModelError, UserError
-from sd_train.families.sources import DictSource
-from sd_train.families.streaming import put_safetensors
 from sd_train.files import sha256, write_folder
 from sd_train.names import FileNames
 from sd_train.optim.ema import Ema
 from sd_train.optim.values import decode, encode, moved
+from sd_train.state_files import of_a_state, put_table, read_json, read_table
 from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.types import Progress
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_SHARED = "shared"
-"""Entry of a table's metadata: name -> the one under which the same memory is written."""
+_FILES = {"trainable.safetensors", "optimizer.safetensors", "optimizer.json", "progress.json", "config.toml"}
+"""What every state holds beside its manifest."""
 
 Extra = tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]]
 """How to read a JSON state and how to put it back."""
@@ -59,29 +58,6 @@ class ResumedFrom:
     config_text: str
     average: bool
     """Whether it held a moving average."""
-
-
-def put_table(path: Path, table: Mapping[str, Tensor]) -> None:
-    """Write `table`; tensors that are the same memory are written once, under the first of their names."""
-    first: dict[object, str] = {}
-    shared: dict[str, str] = {}
-    for name, tensor in table.items():
-        # Without numbers there is no memory to share.
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        owner = first.setdefault(place if tensor.numel() else name, name)
-        if owner != name:
-            shared[name] = owner
-    kept = {name: tensor for name, tensor in table.items() if name not in shared}
-    # Tensor by tensor: beside a whole model there may be no room for its state twice.
-    put_safetensors(path, DictSource(kept), {_SHARED: json.dumps(shared)} if shared else None)
-
-
-def read_table(path: Path) -> dict[str, Tensor]:
-    """What `put_table` was given; names of the same memory have the same tensor again."""
-    with safe_open(path, "pt") as file:
-        table: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        shared: dict[str, str] = json.loads((file.metadata() or {}).get(_SHARED, "{}"))
-    return table | {name: table[owner] for name, owner in shared.items()}
 
 
 def cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,7 +173,7 @@ def order_of(path: Path) -> tuple[int, float, int]:
     try:
         facts = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         return int(facts.get("save", 0)), float(facts["saved_at"]), int(facts["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return 0, 0.0, 0
 
 
@@ -218,10 +194,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         version = int(manifest["format"])
         _ = int(manifest["step"]), float(manifest["saved_at"]), str(manifest["base_model"])
         files = {path / name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise DataError(f"{path}: is no sealed state (no readable {MANIFEST}); choose another state") from None
     if version != FORMAT:
         raise DataError(f"{path}: state format {version}, this version reads {FORMAT}; choose another state")
+    if not manifest["files"].keys() >= _FILES or any(file.parent != path for file in files):
+        raise DataError(f"{path / MANIFEST}: seals other files than those of a state; choose another state")
     for file, (size, digest) in files.items():
         try:
             same = file.is_file() and file.stat().st_size == size and sha256(file) == digest
@@ -304,8 +282,17 @@ def _of_run(path: Path) -> str:
 def read_progress(path: Path) -> Progress:
     """Where the state at `path` stands; the rest of it is not read."""
     read_manifest(path)
-    stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    return Progress(**stored["progress"])
+    return _progress(path)
+
+
+def _progress(path: Path) -> Progress:
+    with of_a_state(path / "progress.json"):
+        progress = Progress(**read_json(path / "progress.json")["progress"])
+        counts = (progress.seed, progress.session_id, progress.step, progress.epoch, progress.index, progress.samples)
+        if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(progress.extra, dict):
+            raise ValueError("a counter is no number from 0 on")
+        _ = progress.started_at + 0.0
+        return progress
 
 
 def _optimizer_name(optimizer: torch.optim.Optimizer) -> tuple[str, str]:
@@ -345,8 +332,9 @@ def load_state(path: Path, parts: StateParts, accepted: Collection[str] = ()) ->
         ModelError: if the trainable weights do not fit this configuration.
     """
     manifest = read_manifest(path)
-    plain = json.loads((path / "optimizer.json").read_text(encoding="utf-8"))
-    stored = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    plain, stored = read_json(path / "optimizer.json"), read_json(path / "progress.json")
+    with of_a_state(path / "optimizer.json"):
+        _ = str(plain["optimizer"]), str(plain["package"]), dict(plain["state"]), list(plain["groups"])
     _check_fit(path, str(manifest["base_model"]), plain, parts, accepted)
     same_optimizer = _optimizer_name(parts.optimizer) == (plain["optimizer"], plain["package"])
     if set(plain["state"]) - {name for group in parts.groups for name in group.params}:
@@ -361,14 +349,18 @@ def load_state(path: Path, parts: StateParts, accepted: Collection[str] = ()) ->
             f"--resume = {path}: {problem}\n  give the options of the network as they stand in {path / 'config.toml'}"
         ) from None
     if same_optimizer:
-        load_optimizer_state(parts, read_table(path / "optimizer.safetensors"), plain)
+        with of_a_state(path / "optimizer.json"):
+            load_optimizer_state(parts, read_table(path / "optimizer.safetensors"), plain)
     average = path / "ema.safetensors"
     if parts.ema is not None:
         # A state without one is of a run without it: the average begins with the weights as they stand.
         parts.ema.load(read_table(average) if average.is_file() else parts.trainable.tensors())
     for name, (_, restore) in parts.extras.items():
         # A change of precision is allowed: the state of a run without scaled gradients has no scale.
-        if name in stored["extras"]:
-            restore(stored["extras"][name])
-    config_text = (path / "config.toml").read_text(encoding="utf-8")
-    return ResumedFrom(path, Progress(**stored["progress"]), config_text, average.is_file())
+        with of_a_state(path / "progress.json"):
+            if name in stored["extras"]:
+                restore(stored["extras"][name])
+    with of_a_state(path / "config.toml"):
+        config_text = (path / "config.toml").read_text(encoding="utf-8")
+        tomllib.loads(config_text)
+    return ResumedFrom(path, _progress(path), config_text, average.is_file())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from sd_train.config.catalogue import options
 from sd_train.config.hub import HUB_ID, is_path_in_repo, parse_hub_folder
@@ -29,6 +30,10 @@ def _logs(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
     config = values.get("log_tracker_config")
     if config is not None and not os.path.isfile(config):
         problems.add(chosen.where("log_tracker_config"), str(config), "there is no such file", "check the path")
+    prefix = Path(values.get("log_prefix") or "")
+    if prefix.is_absolute() or ".." in prefix.parts:
+        where, way_out = chosen.where("log_prefix"), "give the folder as logging_dir and only the name's start here"
+        problems.add(where, str(prefix), "leads out of logging_dir", way_out)
     if not chosen.valid("logging_dir", "log_with"):
         return
     logging_dir, log_with = values["logging_dir"], values["log_with"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -111,8 +112,28 @@ def delta(adapter: Adapter) -> Tensor:
     [out, in] or [out, in, height, width]; some LyCORIS factors of convolutions only give [out, in * height * width].
 
     Raises:
-        ModelError: if the algorithm is not computed here.
+        ModelError: if the algorithm is not computed here, or the factors do not fit one another.
     """
+    with _fitting(adapter):
+        return _delta(adapter)
+
+
+@contextmanager
+def _fitting(adapter: Adapter) -> Iterator[None]:
+    """Says in words that a file's factors have shapes that cannot be multiplied."""
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError) as problem:
+        if isinstance(problem, torch.OutOfMemoryError) or "memory" in str(problem):
+            raise
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(adapter.factors.items()))
+        raise ModelError(
+            f"{adapter.place.role}.{adapter.place.path}: the factors do not fit one another ({shapes}); download the "
+            "file again"
+        ) from None
+
+
+def _delta(adapter: Adapter) -> Tensor:
     factors = {name: tensor.float() for name, tensor in adapter.factors.items()}
     if adapter.kind == "lora":
         change = _product(factors[UP], _joined_down(factors))
@@ -142,7 +163,11 @@ def change(adapter: Adapter, base: Tensor, multiplier: float = 1.0) -> Tensor:
     Raises:
         ModelError: if the shapes do not fit, or the algorithm is not computed here.
     """
-    weight = base.float()
+    with _fitting(adapter):
+        return _change(adapter, base.float(), multiplier)
+
+
+def _change(adapter: Adapter, weight: Tensor, multiplier: float) -> Tensor:
     if adapter.kind == "ia3":
         vector = adapter.factors["weight"].float().flatten()
         on_input = bool(adapter.factors["on_input"].flatten()[0])

@@ -95,7 +95,10 @@ class LoraFile:
             raise ModelError(f"{self.origin}: {place.role}.{place.path} lacks factors: {sorted(self.keys[place])}")
         factors = {factor: self.source.read(key) for factor, key in self.keys[place].items() if factor != "alpha"}
         alpha_key = self.keys[place].get("alpha")
-        alpha = None if alpha_key is None else float(self.source.read(alpha_key).flatten()[0])
+        alpha = None if alpha_key is None else self._number(alpha_key)
+        if kind == "lora" and factors[DOWN].ndim < 2:
+            shape = tuple(factors[DOWN].shape)
+            raise ModelError(f"{self.origin}: {self.keys[place][DOWN]} is no matrix ({shape}); download the file again")
         if kind == "lora" and alpha is None:
             alpha, folded = self._told_alpha(place, factors[DOWN].shape[0])
             if folded:
@@ -105,12 +108,26 @@ class LoraFile:
             factors[MAGNITUDE] = factors[MAGNITUDE].reshape(-1, *[1] * (factors[DOWN].ndim - 1))
         return Adapter(place, kind, factors, alpha)
 
+    def _number(self, key: str) -> float:
+        if not all(self.source.shape(key)):
+            raise ModelError(f"{self.origin}: {key} holds no number; download the file again")
+        return float(self.source.read(key).flatten()[0])
+
     def adapters(self) -> Iterator[Adapter]:
         """Every module's factors, one at a time."""
         return map(self.adapter, self.places())
 
     def _told_alpha(self, place: Place, rank: int) -> tuple[float | None, float | None]:
         """The alpha that metadata gives and, where it is multiplied into the weights, the same again."""
+        try:
+            return self._written_alpha(place, rank)
+        except (ValueError, TypeError, AttributeError, OverflowError):
+            raise ModelError(
+                f"{self.origin}: its metadata give {place.role}.{place.path} an alpha that is no number; download the "
+                "file again"
+            ) from None
+
+    def _written_alpha(self, place: Place, rank: int) -> tuple[float | None, float | None]:
         kept = json_table(self.metadata, ALPHAS).get(diffusers_name(place))
         if kept:
             return float(kept), float(kept)
@@ -131,7 +148,7 @@ def json_table(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     """The table that metadata entry `name` holds as JSON; empty if it holds none."""
     try:
         table = json.loads(metadata.get(name, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}
 
@@ -232,7 +249,7 @@ def _shown_family(lora: LoraFile) -> str | None:
     """What names and shapes tell."""
     for place, keys in lora.keys.items():
         if place.role == "unet" and ".attn2.to_k" in place.path and DOWN in keys:
-            family = _WIDTHS.get(lora.source.shape(keys[DOWN])[1])
+            family = _WIDTHS.get(_inputs(lora, keys))
             if family is not None:
                 return family
     if any(place.role == "text_encoder_2" for place in lora.keys):
@@ -241,5 +258,10 @@ def _shown_family(lora: LoraFile) -> str | None:
         return "sdxl"
     for place, keys in lora.keys.items():
         if place.role == "text_encoder" and "self_attn" in place.path and DOWN in keys:
-            return {768: "sd1", 1024: "sd2"}.get(lora.source.shape(keys[DOWN])[1])
+            return {768: "sd1", 1024: "sd2"}.get(_inputs(lora, keys))
     return None
+
+
+def _inputs(lora: LoraFile, keys: Mapping[str, str]) -> int:
+    """How many numbers a module takes; 0 where its factor is no matrix."""
+    return next(iter(lora.source.shape(keys[DOWN])[1:]), 0)
