@@ -24,7 +24,8 @@ from sd_train.entry import guarded
 from sd_train.errors import ConfigError, DataError, UserError
 from sd_train.files import sha256
 from sd_train.prompts import load_prompts
-from sd_train.state import read_manifest, read_progress, read_table
+from sd_train.state import read_manifest, read_progress
+from sd_train.state_files import read_table
 from sd_train.terminal import escaped
 from tests.runs import PHOTOS, train, tree, words, write_dataset
 from tools.fuzz import HOSTILE_TEXTS, LIES, READERS, hostile_json, lies, outcomes, sample_files
@@ -298,7 +299,7 @@ def test_pictures_are_never_called_by_their_prompt(
     assert sd_train(drawn) == 0
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err
-    assert [re.sub(r"\d", "0", path.name) for path in (tmp_path / "pictures").iterdir()] == ["0000-0.png"]
+    assert [re.sub(r"\d", "0", path.name) for path in (tmp_path / "pictures").iterdir()] == ["00000-0.png"]
 
 
 def test_the_terminal_is_not_steered(capsys: pytest.CaptureFixture[str]) -> None:

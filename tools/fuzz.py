@@ -31,7 +31,7 @@ HOSTILE_TEXTS = (
     "\x1b[2J\x1b]0;owned\x07", "\x9b31m", "a\rb", "\u202egnp.exe", "\ud800", "x" * 5000, "\ufeff", "con", "nul.txt",
     "%s%n{0}{x}", "$(touch owned)", "`id`", "<script>", "\x7f", "\n\nerror: forged", "~/x", "-rf", "--help",
 )  # fmt: skip
-HOSTILE_NUMBERS = (
+HOSTILE_NUMBERS: tuple[Any, ...] = (
     -1, -(2**63), 2**31, 2**62, 2**63, 2**64 - 1, 2**64, 10**30, 0.0, 1.5, 1e308, True, None, "4", [], {}, [4], "\x1b",
 )  # fmt: skip
 
@@ -242,7 +242,7 @@ def read_embedding_file(path: Path) -> None:
 
 def read_state_table(path: Path) -> None:
     """The file as a table of a state."""
-    from sd_train.state import read_table
+    from sd_train.state_files import read_table
 
     read_table(path)
 
@@ -279,7 +279,7 @@ def sample_files(folder: Path) -> dict[str, bytes]:
         return torch.zeros(shape)
 
     module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_"
-    lora = {}
+    lora: dict[str, torch.Tensor] = {}
     for name in "qkv":
         lora |= {f"{module}{name}.lora_down.weight": tensor(2, 8), f"{module}{name}.lora_up.weight": tensor(8, 2),
                  f"{module}{name}.alpha": torch.tensor(2.0)}  # fmt: skip

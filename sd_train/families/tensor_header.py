@@ -8,7 +8,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 _LONGEST = 100_000_000
 """Bytes of JSON; the format's own limit."""
@@ -114,7 +114,7 @@ def _entry(name: str, value: object, sizes: Mapping[str, int], start: int, room:
     return Entry(dtype, tuple(shape), start + first)
 
 
-def _are_counts(value: object) -> bool:
+def _are_counts(value: object) -> TypeGuard[list[int]]:
     """Whether `value` is a list of whole numbers from 0 on; a bool is none."""
     return isinstance(value, list) and all(type(number) is int and 0 <= number <= _LARGEST for number in value)
 
