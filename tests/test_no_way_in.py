@@ -86,8 +86,8 @@ def test_no_pickle_runs_code_wherever_it_is_named(
     content = {"state_dict": {"x": torch.ones(1)}, "callbacks": Malicious(made)}
     torch.save(content, evil, _use_new_zipfile_serialization=zipped)
     posing.write_bytes(evil.read_bytes())
-    dataset, output = write_dataset(tmp_path / "d.toml"), tmp_path / "out"
-    teach = ["train_textual_inversion", *words(small_model, dataset, output, "--token_string zz --init_word cat")]
+    dataset, output = write_dataset(tmp_path / "d.toml", subset="caption_prefix = 'mytok'"), tmp_path / "out"
+    teach = ["train_textual_inversion", *words(small_model, dataset, output, "--token_string mytok --init_word cat")]
     teach = [word for word in teach if word not in ("--network_dim", "--network_alpha", "4")]
     commands: list[list[object]] = [
         ["train_network", *words(evil, dataset, output, "")],
@@ -262,8 +262,8 @@ def test_circles_of_links_end(small_model: Path, tmp_path: Path, capsys: pytest.
     config.write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{images}'\n"
                       "class_tokens = 'cat'\n")  # fmt: skip
     command = words(small_model, config, tmp_path / "out", "--max_train_steps 1")
-    assert sd_train(["train_network", *command]) == 3
-    assert "a.jpg" in capsys.readouterr().err
+    assert sd_train(["train_network", *command]) == 2
+    assert "symbolic links" in capsys.readouterr().err
     assert sd_train(["doctor", "--dataset_config", str(config)]) in (0, 1, 2, 3)
     assert sd_train(["lora", "check", str(tmp_path / "pipe.safetensors")]) == 3
     assert "no regular file" in capsys.readouterr().err
@@ -345,8 +345,9 @@ def assert_tells_nothing(saved: Path, place: Path) -> None:
 
 @pytest.mark.parametrize("command", ["train_db", "train_textual_inversion"])
 def test_whole_models_and_embeddings_tell_nothing_either(command: str, small_model: Path, tmp_path: Path) -> None:
-    more = "--token_string zz --init_word cat" if command == "train_textual_inversion" else "--save_precision fp16"
-    arguments = words(small_model, write_dataset(tmp_path / "d.toml"), tmp_path / "out", f"--max_train_steps 1 {more}")
+    more = "--token_string mytok --init_word cat" if command == "train_textual_inversion" else "--save_precision fp16"
+    dataset = write_dataset(tmp_path / "d.toml", subset="caption_prefix = 'mytok'")
+    arguments = words(small_model, dataset, tmp_path / "out", f"--max_train_steps 1 {more}")
     kept = [word for word in arguments if word not in ("--network_dim", "--network_alpha", "4")]
     assert sd_train([command, *kept]) == 0
     (saved,) = (tmp_path / "out").glob("*.safetensors")
