@@ -18,7 +18,7 @@ from tools.learn import REPORTED, TUNED, Concept, main
 
 # isort: split
 # What lies beside learn.py is found from here on.
-from learn_concepts import ASKED, SHOWN, TRAINED
+from learn_concepts import ASKED, SHOWN, TRAINED, reg_prompts
 from learn_scores import ASKED_COUNT, CLASS_COUNT, GUIDANCE, SAMPLER, STEPS, draw_captions, old_scenes
 from shapes_judge import look, right
 from shapes_world import HELD_OUT_PAIRS, PIXELS, caption, draw, examination, training_scenes
@@ -75,6 +75,11 @@ def test_what_is_asked_for_stood_in_no_training_picture(concept: Concept) -> Non
     # Of a pairing or a style the concept itself is the colour.
     if concept.kind == "glyph":
         assert not {thing.colour for thing in things[0]} & {thing.colour for thing in things[1]}
+
+
+def test_forgetting_is_judged_by_no_caption_of_a_regularisation_image() -> None:
+    old = {caption(scene) for scene in old_scenes()}
+    assert not any(old & {*reg_prompts(concept)} for concept in EVERY)
 
 
 def test_captions_name_the_concept_with_its_word_and_the_class_without() -> None:
