@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -84,7 +83,11 @@ class Control:
 
 def forget_orders(path: Path, say: Callable[[str], None]) -> None:
     """Delete what was written before the run began: nobody meant this run."""
-    if path.is_file():
+    if not path.is_file():
+        return
+    try:
+        path.unlink()
+    except OSError as problem:
+        say(f"{path}: was there before the run, cannot be deleted ({problem.strerror}) and is not followed")
+    else:
         say(f"{path}: was there before the run began, and is deleted")
-        with suppress(OSError):
-            path.unlink()

@@ -33,6 +33,7 @@ from shapes_vae import CONFIG as VAE_CONFIG
 from shapes_world import HELD_OUT_PAIRS, Picture, Scene, caption, draw, examination, random_scene, training_scenes
 
 from sd_train.demo.tiny_model import make_tiny_parts, tiny_configs
+from sd_train.entry import guarded
 from sd_train.families.parts import ModelRequest, read_model
 from sd_train.families.saving import save_model
 from sd_train.families.sources import DictSource
@@ -262,4 +263,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(guarded(lambda: main(sys.argv[1:])))

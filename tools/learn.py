@@ -34,6 +34,8 @@ from learn_jobs import Job, Result, convert, prepare, run_job, start_worker
 from learn_methods import BASE, METHODS, Method
 from learn_report import Runs, grid, notes, table
 
+from sd_train.entry import guarded
+
 MODEL = Path(__file__).resolve().parents[1] / "sd_train" / "demo" / "base_model.safetensors"
 
 
@@ -60,7 +62,7 @@ def learn(plan: Plan) -> Runs:
     """Do every run.
 
     Raises:
-        RuntimeError: if one ends with an error.
+        RunError: if one ends with an error.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     with_reg = any(method.data == "reg" for method in plan.methods)
@@ -87,7 +89,12 @@ def _workers(count: int) -> Iterator[Callable[[Sequence[Callable[[], Any]]], Ite
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, initializer=start_worker) as pool:
-        yield lambda tasks: (done.result() for done in as_completed([pool.submit(task) for task in tasks]))
+        try:
+            yield lambda tasks: (done.result() for done in as_completed([pool.submit(task) for task in tasks]))
+        except BaseException:
+            # Otherwise an error, or Ctrl-C, would be heard of after all the other runs.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _tell(result: Result, done: int, count: int, seconds: float) -> None:
@@ -155,4 +162,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(guarded(main))

@@ -11,13 +11,29 @@ from typing import Literal
 import cv2
 import numpy as np
 from shapes_judge import Seen
-from shapes_world import BACKGROUNDS, COLOURS, PLACES, SIZES, STYLES, Picture, Scene, Thing, caption, draw, second_tone
+from shapes_world import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    STYLES,
+    Picture,
+    Scene,
+    Thing,
+    caption,
+    draw,
+    random_scene,
+    second_tone,
+)
 
 TRAINED = 12
 """Pictures of a concept that are trained on."""
 REPEATS = 8
 """Of each picture in an epoch; with `BATCH` pictures in an update no update is smaller."""
+SIZE = "large"
+"""Of all things: a small one is three latents wide, too few for two colours."""
 _PICTURE_SEED = 8_000
+_REG_SEED = 815
+"""None of the captions drawn by it is one that forgetting is judged by (`learn_scores.old_scenes`)."""
 _LEAST_CONTRAST = 48.0
 """Distance in RGB of a pair of colours from the background."""
 
@@ -105,7 +121,8 @@ class Concept:
         return self.kind != "pairing" or _differ(self.pair, background)
 
     def scenes(self, axes: Axes, count: int, seed: int) -> list[Scene]:
-        """`count` different scenes of the concept, each shape, colour and background about equally often."""
+        """`count` scenes of the concept, each shape, colour and background about equally often; none comes again before
+        all have come."""
         rng = np.random.default_rng(seed)
         every = [
             (shape, colour, background)
@@ -114,19 +131,26 @@ class Concept:
             for background in axes.backgrounds
             if background != colour and self._stands_out(background)
         ]
-        room = [(size, place) for size in SIZES for place in (None, *PLACES)]
+        places = (None, *PLACES)
+        different = len({self._scene(one, place) for one in every for place in places})
         chosen: list[Scene] = []
         uses: dict[str, int] = {}
         while len(chosen) < count:
             order = [every[int(place)] for place in rng.permutation(len(every))]
-            shape, colour, background = min(order, key=lambda three: sum(uses.get(each, 0) for each in three))
-            size, place = room[int(rng.integers(len(room)))]
-            scene = self.scene(Thing(shape, colour, size, place), background)
-            if scene not in chosen:
-                chosen.append(scene)
-                for each in (shape, colour, background):
-                    uses[each] = uses.get(each, 0) + 1
+            order.sort(key=lambda three: sum(uses.get(each, 0) for each in three))
+            wanted = [(one, places[int(place)]) for one in order for place in rng.permutation(len(places))]
+            again = len(chosen) // different
+            picked, scene = next((one, new) for one, place in wanted
+                                 if chosen.count(new := self._scene(one, place)) <= again)  # fmt: skip
+            chosen.append(scene)
+            for each in picked:
+                uses[each] = uses.get(each, 0) + 1
         return chosen
+
+    def _scene(self, three: tuple[str, str, str], place: str | None) -> Scene:
+        """Of a shape, a colour and a background."""
+        shape, colour, background = three
+        return self.scene(Thing(shape, colour, SIZE, place), background)
 
     def trained(self) -> list[Scene]:
         """The scenes of the training pictures."""
@@ -168,8 +192,12 @@ def _differ(pair: tuple[str, str], background: str) -> bool:
 
 
 def reg_prompts(concept: Concept) -> list[str]:
-    """What regularisation images are drawn of: the training pictures' captions without the concept."""
-    return sorted({caption(concept.plain(scene)) for scene in concept.trained()})
+    """What regularisation images are drawn of: the training pictures' captions without the concept, and as many others
+    of the base model's world."""
+    rng = np.random.default_rng(_REG_SEED)
+    return sorted({caption(concept.plain(scene)) for scene in concept.trained()}) + [
+        caption(random_scene(rng)) for _ in range(TRAINED)
+    ]
 
 
 def write_dataset(concept: Concept, folder: Path, reg_images: Mapping[str, Path], batch_size: int) -> None:

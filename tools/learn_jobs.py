@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from sd_train.__main__ import main as sd_train
 from sd_train.build import quiet_libraries
+from sd_train.errors import RunError
 
 REG_IMAGES = 3
 """Of each prompt."""
@@ -137,13 +138,13 @@ def _run(argv: list[str], log: Path) -> None:
     """Run a command of `sd-train` in this process, with its words in a file.
 
     Raises:
-        RuntimeError: if it ends with an error.
+        RunError: if it ends with an error.
     """
     with log.open("w", encoding="utf-8") as words, redirect_stdout(words), redirect_stderr(words):
         code = sd_train(argv)
     if code:
         last = "\n".join(log.read_text(encoding="utf-8").strip().splitlines()[-5:])
-        raise RuntimeError(f"sd-train {' '.join(argv)} ended with {code}; {log} ends so:\n{last}")
+        raise RunError(f"sd-train {' '.join(argv)} ended with {code}; {log} ends so:\n{last}")
 
 
 def _tensors(job: Job, file: Path) -> dict[str, list[int]]:

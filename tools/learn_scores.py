@@ -25,16 +25,16 @@ from sd_train.families.embeddings import install_embeddings, read_embeddings
 from sd_train.prompts import Prompt
 
 SAMPLER = "dpmsolver++"
-STEPS = 8
+STEPS = 6
 GUIDANCE = 3.0
 AT_ONCE = 32
 """Pictures that are drawn together."""
 
-ASKED_COUNT = 32
+ASKED_COUNT = 24
 """Captions of a concept that a model is judged by."""
-OLD_COUNT = 48
+OLD_COUNT = 64
 """Captions of the base model's own world."""
-CLASS_COUNT = 24
+CLASS_COUNT = 16
 """Captions of the class without the word."""
 _OLD_SEED = 4_711
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
 MODEL = "base_model.safetensors"
-UPDATES = 200
+CLASS = "a shape on a white background"
+UPDATES = 150
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
             *("--output_dir", str(output), "--output_name", "demo", "--overwrite"),
             *("--logging_dir", str(output / "logs")),
             *("--network_dim", "8", "--network_alpha", "8", "--learning_rate", "2e-3"),
-            *("--lr_scheduler", "cosine", "--min_snr_gamma", "5"),
+            *("--min_snr_gamma", "5", "--prior_preservation", "frozen", "--class_prompt", CLASS),
             *("--max_train_steps", str(given.max_train_steps), "--seed", "42", "--cache_latents"),
             *("--sample_prompts", str(demo / "prompts.txt"), "--sample_at_first"),
             *("--sample_every_n_steps", str(given.max_train_steps), "--save_state"),
         ]
-        print("running: sd-train train_network " + " ".join(arguments))
+        print("running: sd-train train_network " + shlex.join(arguments))
         code = train_network(arguments)
         if code == 0:
             picture = _show(demo, output, given.max_train_steps)

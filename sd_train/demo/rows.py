@@ -32,8 +32,8 @@ class Row:
 def draw_rows(rows: Sequence[Row], side: int = 128) -> Image.Image:
     """The rows below each other on white, every picture enlarged to `side` pixels without smoothing."""
     title, small = ImageFont.load_default(15), ImageFont.load_default(11)
-    # The font's letters are about six pixels wide at this size.
-    wrapped = [[textwrap.wrap(words, max(8, side // 6)) for words in row.words] for row in rows]
+    # The font's letters are at most about seven pixels wide at this size.
+    wrapped = [[textwrap.wrap(words, max(8, side // 7)) for words in row.words] for row in rows]
     heights = [_TITLE + side + _GAP + _LINE * max((len(lines) for lines in texts), default=0) for texts in wrapped]
     width = _GAP + max(len(row.pictures) for row in rows) * (side + _GAP)
     sheet = Image.new("RGB", (width, _GAP + sum(heights)), "white")
