@@ -52,6 +52,7 @@ from sd_train.state import Extra, StateParts, load_state
 from sd_train.trainables.average import AverageWeights
 from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.uploads import Uploader
+from sd_train.watch import LAG
 
 
 def quiet_libraries() -> None:
@@ -200,6 +201,7 @@ def _train(
     if objective.importance is not None:
         extras["importance"] = (objective.importance.state, objective.importance.load)
     watch = make_watch(prepared, sum(sizes), say)
+    report.held_back = 0 if watch.at_once else LAG
     if watch.spike_factor is not None:
         extras["watch"] = (watch.state, watch.load)
     parts = StateParts(trainable, groups, optimizer, extras, text, digest, ema)
@@ -222,10 +224,12 @@ def _train(
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
             report, preview, checkpoint, guard, make_safety(prepared, watch, parts, updater, report.message),
-            Splitting(report.message), make_norms(config, groups, report), validation, control, until,
+            Splitting(report.message if device.is_main else warn_line), make_norms(config, groups, report), validation,
+            control, until=until,
         )  # fmt: skip
         if config.safety.preflight:
-            preflight(prepared, training, say, warn)
+            with report.untimed():
+                preflight(prepared, training, say, warn)
         _train_on(training)
     device.close()
     return 0
@@ -252,11 +256,9 @@ def _train_on(training: Training) -> None:
     try:
         train(training)
     except (DataError, RuntimeError, MemoryError) as problem:
-        # Both come before an optimizer's step (memory for its state is taken in the first one): the weights are those
-        # of the last whole update.
-        between = isinstance(problem, DataError) or out_of_memory(problem)
-        if training.progress.step and between and training.safety.finite():
-            training.checkpoint.interrupted(training.progress)
+        if isinstance(problem, DataError) or out_of_memory(problem):
+            training.updater.drop()
+            training.safety.keep(training.progress, training.whole, training.checkpoint.interrupted)
         raise
 
 

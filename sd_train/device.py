@@ -101,7 +101,8 @@ def out_of_memory(problem: BaseException) -> bool:
     """Only CUDA has an error of its own for it; the CPU's and Apple's are plain ones."""
     if isinstance(problem, torch.OutOfMemoryError | MemoryError):
         return True
-    return any(words in str(problem) for words in ("can't allocate memory", "out of memory"))
+    said = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    return any(words in str(problem) for words in said)
 
 
 def free_memory() -> None:
@@ -310,12 +311,14 @@ def compare_ranks(params: Sequence[nn.Parameter]) -> None:
         RunError: if not.
     """
     total = torch.stack([parameter.detach().double().sum() for parameter in params]).sum()
+    # Where all hold what is no number, they have not drifted apart: whoever watches the losses says more of it.
+    total = torch.stack([total.nan_to_num(0.0, 0.0, 0.0), total.isfinite().double()])
     lowest, highest = total.clone(), total.clone()
     distributed.all_reduce(lowest, distributed.ReduceOp.MIN)
     distributed.all_reduce(highest, distributed.ReduceOp.MAX)
     if not torch.equal(lowest, highest):
         raise RunError(
-            f"the processes' weights have drifted apart (sums {float(lowest)!r} to {float(highest)!r}); "
+            f"the processes' weights have drifted apart (sums {float(lowest[0])!r} to {float(highest[0])!r}); "
             "use the same software and the same kind of device in all of them, and go back to the last save"
         )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +49,10 @@ class Training:
     norms: Norms | None = None
     validate: Validation | None = None
     control: Control | None = None
+    orders: list[Order] = field(default_factory=list)
+    """Commands that are still to be followed."""
+    whole: bool = True
+    """Whether the weights and all that goes with them are those of one update; not while a step is taken."""
     until: int | None = None
     """The update after which this run stops as if it had been asked to, before the training's end."""
 
@@ -108,12 +111,14 @@ def _train_on(run: Training) -> bool:
             norm = updater.reduce(None if norms is None else norms.take_gradients)
             loss = updater.device.sum(loss)
             if safety.accepts(update, loss, updater.suspicious(norm), seen):
+                run.whole = False
                 updater.apply(norm)
                 run.trainable.after_step()
                 run.objective.after_step()
                 progress.advance(update)
                 if run.ema is not None:
                     run.ema.update()
+                run.whole = True
                 named = {group.name: rate for group, rate in zip(run.groups, rates, strict=True)}
                 run.report.update(
                     step=progress.step,
@@ -132,11 +137,17 @@ def _train_on(run: Training) -> bool:
                 run.objective.forget()
                 updater.skipped += 1
                 progress.advance(replace(update, samples=0))
+                run.report.passed(progress.step, progress.epoch)
         else:
             progress.advance(update)
+            run.report.passed(progress.step, progress.epoch)
+        # What was asked for while updates are computed anew would be done in the past.
+        again = safety.replays(progress)
+        if run.control is not None and not again:
+            run.orders += run.control.orders(progress.step)
         due = anything_due(run)
-        if due:
-            safety.settle()
+        if due or run.orders:
+            safety.settle(progress)
         if run.validate is not None:
             run.validate(progress)
         if run.preview is not None:
@@ -145,13 +156,12 @@ def _train_on(run: Training) -> bool:
         if run.validate is not None and run.validate.gives_up:
             break
         safety.after(progress, due)
-        orders = [] if run.control is None else run.control.orders(progress.step)
-        if orders:
-            safety.settle()
-        stop = run.control is not None and follow(run, run.control, orders)
+        if again:
+            continue
+        stop = run.control is not None and follow(run, run.control)
         stop = stop or progress.step == run.until
         if progress.step < run.end and (stop or run.guard.should_stop(progress.step)):
-            safety.settle()
+            safety.settle(progress)
             run.checkpoint.interrupted(progress)
             return False
     run.checkpoint.finish(progress)
@@ -166,7 +176,7 @@ def gradients(run: Training, update: Update) -> tuple[Tensor, Seen]:
     """
     loss, seen = torch.zeros((), device=run.updater.device.device), list[tuple[list[str], Tensor]]()
     for batch in update.batches:
-        for part in run.splitting.parts(batch):
+        for part in run.splitting.parts(batch, update.step):
             fits = True
             try:
                 run.trainable.before_batch(update, part)
@@ -195,9 +205,10 @@ def anything_due(run: Training) -> bool:
     )
 
 
-def follow(run: Training, control: Control, orders: Sequence[Order]) -> bool:
-    """Do what the control file says after an update; whether the run is to stop."""
-    progress = run.progress
+def follow(run: Training, control: Control) -> bool:
+    """Do what the control file has said; whether the run is to stop."""
+    progress, orders = run.progress, run.orders
+    run.orders = []
     if "pause" in orders:
         with run.report.untimed():
             orders = [*orders, *control.wait(progress.step, lambda: run.guard.stop_requested)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ def measure(run: Training, *, state: bool) -> Measured:
     largest = next(run.updates.largest(progress, run.end).batches)
     height, width = largest.geometry[0].target
     count = len(largest.keys)
-    split = len(list(run.splitting.parts(largest)))
+    split = len(list(run.splitting.parts(largest, run.progress.step)))
     return Measured(width, height, count, split, batch, step, picture, save, model_bytes, state_bytes)
 
 
@@ -129,11 +130,15 @@ def _measure_save(run: Training, state: bool) -> tuple[Cost, int, int]:
     checkpoint = run.checkpoint
     if not checkpoint.is_main:
         return Cost(0.0, None), 0, 0
-    checkpoint.names.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=checkpoint.names.folder) as folder:
-        names = replace(checkpoint.names, folder=Path(folder))
+    # The name of what is unfinished: if the process is killed here, the next run takes it away (`files.tidy`).
+    folder = checkpoint.names.folder / f".{STEM}.{os.getpid()}.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = replace(checkpoint.names, folder=folder)
+    try:
         cost = _cost(run, lambda: replace(checkpoint, names=names).write(STEM, run.progress, state=state))
-        whole, of_state = _bytes(Path(folder)), _bytes(names.state(STEM))
+        whole, of_state = _bytes(folder), _bytes(names.state(STEM))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return cost, whole - of_state, of_state
 
 

@@ -115,6 +115,8 @@ class Report:
         self._trackers = tuple(open_trackers(self.log_dir, tracker_name)) if is_main else ()
         self._finals: dict[str, float] = {}
         self._shown = start_step
+        self.held_back = 0
+        """Updates that are not shown yet when the next ones come: what is found out about them may undo them."""
         self._failed = False
 
     @property
@@ -171,24 +173,34 @@ class Report:
         waited = time.monotonic() - self._last_read
         enough = len(self._waiting) >= UPDATES_READ_TOGETHER or waited >= SECONDS_READ_TOGETHER
         if enough or step >= self._total_steps:
-            self.flush()
+            self._flush(len(self._waiting) - self.held_back)
+
+    def passed(self, step: int, epoch: int) -> None:
+        """Note an update that was left out, for the mean of its epoch."""
+        if self._is_main:
+            self._waiting.append(_Point(step, epoch, 0, time.time(), {}))
 
     def flush(self) -> None:
         """Read what is waiting and write it; this waits for the device."""
-        if not self._waiting:
+        self._flush(len(self._waiting))
+
+    def _flush(self, count: int) -> None:
+        if count <= 0:
             return
-        points, self._waiting = self._waiting, []
+        points, self._waiting = self._waiting[:count], self._waiting[count:]
         _read(points)
         self._last_read = time.monotonic()
         speed = sum(point.samples for point in points) / max(self._last_read - self._clock, 1e-6)
         self._clock = self._last_read
         for point in points:
-            values = {"loss/average": self._window.add(float(point.values["loss/current"])), **point.values}
-            if point is points[-1]:
-                values["samples_per_second"] = speed
+            values = point.values
+            if values:
+                values = {"loss/average": self._window.add(float(values["loss/current"])), **values}
+                if point is points[-1]:
+                    values["samples_per_second"] = speed
             # An update that is computed anew has its point already.
             new, self._shown = point.step > self._shown, max(point.step, self._shown)
-            if new:
+            if new and values:
                 self._scalars(point.step, point.wall_time, {tag: float(value) for tag, value in values.items()})
             before, self._epoch = self._epoch, point.epoch
             if before is not None and point.epoch > before:
@@ -238,8 +250,9 @@ class Report:
         return {"epoch": self._epoch, "index": window.index, "total": window.total, "losses": list(window.losses)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state()` gave; an empty `state` changes nothing. What is waiting is shown first."""
-        self.flush()
+        """Go on from what `state()` gave; an empty `state` changes nothing. What is waiting was undone: it is not
+        shown."""
+        self._waiting.clear()
         if state:
             self._epoch = None if state["epoch"] is None else int(state["epoch"])
             self._window.index = int(state["index"])

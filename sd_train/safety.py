@@ -44,6 +44,8 @@ class Safety:
     _end: Suspect | None = field(default=None, init=False)
     """Why it does."""
     _snapshot: Snapshot | None = field(default=None, init=False)
+    _anew_until: int = field(default=0, init=False)
+    """The update (from zero) up to which everything has been computed before."""
     _skipped: int = field(default=0, init=False)
     """In a row."""
     _seen: Seen = field(default=(), init=False)
@@ -72,13 +74,21 @@ class Safety:
         self._skipped = 0
         return True
 
-    def settle(self) -> None:
+    def replays(self, progress: Progress) -> bool:
+        """Whether the update that was just made is one from before a rollback, computed anew."""
+        return progress.step < self._anew_until
+
+    def settle(self, progress: Progress) -> None:
         """Make sure that every update so far is a good one; waits for the device.
 
         Raises:
             Suspect: if one is not.
         """
         self.watch.settle()
+        # An optimizer can make of finite gradients what is not.
+        if not self.finite():
+            files = self.watch.device.gather([path for paths, _ in self._seen for path in paths])
+            raise Suspect(progress.step - 1, "the weights after it are not finite", files)
 
     def after(self, progress: Progress, due: bool) -> None:
         """Call after each update; `due`: something was saved, shown or scored, which is not to be done again.
@@ -88,11 +98,8 @@ class Safety:
         """
         if self._snapshot is None or not (due or progress.step - self._snapshot.progress.step >= self.every_n_steps):
             return
-        self.settle()
-        # An optimizer can make of finite gradients what is not.
-        if not self.finite():
-            files = self.watch.device.gather([path for paths, _ in self._seen for path in paths])
-            raise Suspect(progress.step - 1, "the weights after it are not finite", files)
+        if not due:
+            self.settle(progress)
         self._snapshot = take_snapshot(self.parts, progress, self._snapshot)
 
     def recover(self, found: Suspect, progress: Progress) -> None:
@@ -103,6 +110,7 @@ class Safety:
             self.last, self._end = progress.step, found
             return
         self._restore(self._snapshot, progress)
+        self._anew_until = found.step
         quarantined = quarantine(progress)
         if self.policy == "rollback" and self.last is None and len(quarantined) < self.most_rollbacks:
             quarantined.append({"step": found.step, "reason": found.reason, "files": found.files})
@@ -122,7 +130,19 @@ class Safety:
         saved = progress.step > 0 and self.finite()
         if saved:
             save(progress)
+            # A launcher ends all processes soon after the first one that fails: not before the save is whole.
+            self.watch.device.barrier()
         return RunError(*self._report(found, progress, saved))
+
+    def keep(self, progress: Progress, whole: bool, save: Callable[[Progress], None]) -> None:
+        """Save what there is when something else ends the run; `whole`: it was not in the middle of a step."""
+        if not (whole and self.watch.all_good() and self.finite()):
+            self.watch.forget()
+            if self._snapshot is None:
+                return
+            self._restore(self._snapshot, progress)
+        if progress.step:
+            save(progress)
 
     def _report(self, found: Suspect, progress: Progress, saved: bool) -> list[str]:
         """The problem and the ways out, and what was left out before."""

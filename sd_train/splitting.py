@@ -22,17 +22,18 @@ class TooLarge(Exception):
 class Splitting:
     """Knows how many samples of each bucket fit at once; nothing is known before something did not.
 
-    A sample's noise, loss and weight are its own, so the sum of the parts' losses is that of the whole. What dropout
-    leaves out is drawn for a part as for a batch of its size.
+    A sample's noise, loss, weight and what dropout leaves out of it are its own, so the sum of the parts' losses is
+    that of the whole.
     """
 
     say: Callable[[str], None]
-    most: dict[Size, int] = field(default_factory=dict)
+    most: dict[Size, tuple[int, int]] = field(default_factory=dict)
+    """Samples at once, and the update (from zero) from which on: those before it, computed anew, are as they were."""
 
-    def parts(self, batch: Batch) -> Iterator[Batch]:
-        """`batch` whole, or in parts of what fits."""
-        size = self.most.get(_size(batch), len(batch.keys))
-        if size >= len(batch.keys):
+    def parts(self, batch: Batch, step: int) -> Iterator[Batch]:
+        """`batch` of update number `step` whole, or in parts of what fits."""
+        size, since = self.most.get(_size(batch), (len(batch.keys), 0))
+        if size >= len(batch.keys) or step < since:
             yield batch
             return
         for start in range(0, len(batch.keys), size):
@@ -44,10 +45,11 @@ class Splitting:
         if count == 1:
             return False
         height, width = _size(part)
-        self.most[height, width] = (count + 1) // 2
+        _, since = self.most.get((height, width), (count, step))
+        self.most[height, width] = (count + 1) // 2, min(since, step)
         self.say(
             f"update {step + 1}: out of memory with {count} images of {width}x{height} at once; from here on those are "
-            f"computed {self.most[height, width]} at a time, with the same noise and result"
+            f"computed {(count + 1) // 2} at a time, with the same noise and result"
         )
         return True
 
@@ -76,6 +78,7 @@ def rows(batch: Batch, which: slice) -> Batch:
         mask=None if batch.mask is None else batch.mask[which],
         texts=None if batch.texts is None else some(batch.texts),
         geometry=batch.geometry[which],
+        rows=(which.start, len(batch.keys)),
         more_noise=some(batch.more_noise),
     )
 

@@ -58,6 +58,8 @@ class Batch:
     """Number of the micro-batch within its update, over all ranks."""
     more_noise: dict[str, Tensor] = field(default_factory=dict)
     """What else was drawn, see `diffusion.draws.Draws.more`."""
+    rows: tuple[int, int] | None = None
+    """Of a part of a micro-batch that did not fit into memory: its first sample, and how many the whole has."""
 
 
 @dataclass

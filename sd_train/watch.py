@@ -79,6 +79,13 @@ class Watch:
         while self._waiting:
             self._judge(self._waiting.popleft())
 
+    def all_good(self) -> bool:
+        """Whether the verdicts that are out have nothing against their updates; asks no other rank."""
+        while self._waiting:
+            if self._found(self._waiting.popleft()) is not None:
+                return False
+        return True
+
     def forget(self) -> None:
         """Drop what is not read yet: those updates are undone."""
         self._waiting.clear()
@@ -92,21 +99,28 @@ class Watch:
         self._losses = deque(map(float, state["losses"]), REMEMBERED)
 
     def _judge(self, waiting: _Waiting) -> None:
+        if (found := self._found(waiting)) is not None:
+            reason, most = found
+            raise Suspect(waiting.step, reason, self._files(waiting.seen, most))
+
+    def _found(self, waiting: _Waiting) -> tuple[str, float | None] | None:
+        """What is wrong with an update, and above which loss a sample is to blame; None where nothing is."""
         if waiting.ready is not None:
             waiting.ready.synchronize()
         loss, norm = waiting.values.tolist()
         if not math.isfinite(loss):
-            raise Suspect(waiting.step, f"its loss is {loss}", self._files(waiting.seen, None))
+            return f"its loss is {loss}", None
         if not math.isfinite(norm):
-            raise Suspect(waiting.step, f"the norm of its gradients is {norm}", self._files(waiting.seen, None))
+            return f"the norm of its gradients is {norm}", None
         if self.spike_factor is None:
-            return
+            return None
         if len(self._losses) >= LEAST_REMEMBERED:
             usual = median(self._losses)
             if loss > self.spike_factor * usual:
                 reason = f"its loss {loss:.4g} is above {self.spike_factor:g} times the usual {usual:.4g}"
-                raise Suspect(waiting.step, reason, self._files(waiting.seen, self.spike_factor * usual))
+                return reason, self.spike_factor * usual
         self._losses.append(loss)
+        return None
 
     def _files(self, seen: Seen, most: float | None) -> list[str]:
         """The files, over all ranks, whose losses are not finite or above `most`; all of them if no loss is."""

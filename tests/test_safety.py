@@ -26,10 +26,20 @@ from sd_train.train_network import main
 from sd_train.types import QUARANTINE, Progress
 from sd_train.watch import LAG, LEAST_REMEMBERED, Suspect, Watch
 from tests.optimizer_cases import Problem
-from tests.runs import differences, identical, largest_difference, train, words, write_dataset
+from tests.runs import (
+    command,
+    differences,
+    identical,
+    largest_difference,
+    run_process,
+    scalars,
+    train,
+    words,
+    write_dataset,
+)
 
 MORE = "--max_train_steps 12 --use_ema --ema_decay 0.5 --timestep_sampling importance --network_dropout 0.1 "
-MORE += "--network_train_unet_only --cache_latents --cache_text_encoder_outputs --save_state_on_train_end"
+MORE += "--network_train_unet_only --cache_latents --cache_text_encoder_outputs --save_state_on_train_end "
 BAD = 5
 """Number, from zero, of the update with a sample whose noise is not a number."""
 
@@ -58,20 +68,25 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
     return add
 
 
-@pytest.fixture(scope="module")
-def without(small_model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has never seen the images of the bad update."""
-    folder = tmp_path_factory.mktemp("without")
+def leave_out(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let runs begin with update number `step` in quarantine."""
     real = sd_train.build.prepare
 
     def prepare(config: Any) -> Any:
         prepared = real(config)
-        prepared.progress.extra[QUARANTINE] = [{"step": BAD, "reason": "", "files": []}]
+        prepared.progress.extra[QUARANTINE] = [{"step": step, "reason": "", "files": []}]
         return prepared
 
+    patch.setattr(sd_train.build, "prepare", prepare)
+
+
+@pytest.fixture(scope="module")
+def without(small_model: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has never seen the images of the bad update."""
+    folder = tmp_path_factory.mktemp("without")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sd_train.build, "prepare", prepare)
-        train(small_model, photos, folder, MORE)
+        leave_out(patch, BAD)
+        train(small_model, photos, folder, f"{MORE} --logging_dir {folder / 'logs'}")
     return folder
 
 
@@ -91,8 +106,11 @@ def test_a_run_without_its_bad_update_never_saw_it(
     capsys: pytest.CaptureFixture[str], more: str,
 ) -> None:  # fmt: skip
     poison(BAD)
-    train(small_model, photos, tmp_path, f"{MORE} {more}")
+    train(small_model, photos, tmp_path, f"{MORE} {more} --logging_dir {tmp_path / 'logs'}")
     assert_same_training(tmp_path, without)
+    own, others = scalars(tmp_path / "logs"), scalars(without / "logs")
+    for tag in ("loss/current", "loss/average", "loss/epoch_average", "lr/unet"):
+        assert own[tag] == others[tag], tag
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "its loss is nan" in line)
     assert f"update {BAD + 1} (its loss is nan; " in line
     assert line.count(".jpg") == 1
@@ -251,6 +269,7 @@ def test_what_does_not_fit_is_computed_in_parts(
     # So that an update is proportional to the gradient; AdamW makes a step of every rounding error.
     more = "--max_train_steps 2 --train_batch_size 4 --gradient_accumulation_steps 2 --timestep_sampling importance "
     more += "--optimizer_type SGD --learning_rate 10 --prior_preservation frozen --class_prompt cat "
+    more += "--network_dropout 0.3 --network_args rank_dropout=0.2 "
     whole = train(small_model, photos, tmp_path / "whole", more)
     start = train(small_model, photos, tmp_path / "start", f"{more} --learning_rate 1e-12")
     short_of_memory(monkeypatch, 1)
@@ -263,6 +282,54 @@ def test_what_does_not_fit_is_computed_in_parts(
     short_of_memory(monkeypatch, 0)
     assert main(words(small_model, photos, tmp_path / "none", more)) == 4
     assert "out of memory on cpu" in capsys.readouterr().err
+
+
+SECOND_RANK = f"""
+import os, sys, torch
+from sd_train.data.batches import Updates
+from sd_train.families.latent import LatentDiffusion
+from sd_train.train_network import main
+
+real_prepare, real_predict = Updates._prepare, LatentDiffusion.predict
+
+def prepare(self, task):
+    batch = real_prepare(self, task)
+    if task.step == {BAD} - 3:
+        batch.noise[1, 0, 0, 0] = torch.nan
+    return batch
+
+def predict(self, noisy, timesteps, conditioning):
+    if len(noisy) > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return real_predict(self, noisy, timesteps, conditioning)
+
+if os.environ["RANK"] == "1":
+    Updates._prepare, LatentDiffusion.predict = prepare, predict
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_what_one_of_two_processes_finds_all_undo(small_model: Path, photos: Path, tmp_path: Path) -> None:
+    """The second one alone has a bad sample and too little memory; together they leave what one process leaves with
+    accumulation that has never seen the bad update."""
+    (tmp_path / "second.py").write_text(SECOND_RANK)
+    more = "--max_train_steps 4 --network_train_unet_only --optimizer_type SGD --learning_rate 10 "
+    more += "--network_dropout 0.2 "
+    bad = "--nan_policy rollback --save_state_on_train_end"
+    launch = command(*"torch.distributed.run --standalone --nproc_per_node 2".split(), str(tmp_path / "second.py"))
+    done = run_process([*launch, *words(small_model, photos, tmp_path / "two", f"{more} {bad}")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("went back to update 0, to train on without update 3 (its loss is nan; ") == 1
+    assert done.stderr.count("out of memory with 2 images of 64x64") == 1
+    quarantine = json.loads((tmp_path / "two" / "lora-state" / "progress.json").read_text())["progress"]["extra"]
+    assert [one["step"] for one in quarantine[QUARANTINE]] == [BAD - 3]
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch, BAD - 3)
+        more += "--gradient_accumulation_steps 2 "
+        one = train(small_model, photos, tmp_path / "one", more)
+    start = train(small_model, photos, tmp_path / "start", f"{more} --learning_rate 1e-12")
+    two = tmp_path / "two" / "lora.safetensors"
+    assert largest_difference(one, two) < 1e-4 * largest_difference(one, start)
 
 
 def test_a_preflight_measures_and_leaves_no_trace(

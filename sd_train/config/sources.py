@@ -13,6 +13,9 @@ from sd_train.config.compat import SYNONYMS, known_options
 from sd_train.config.textfile import TomlFile, read_toml
 from sd_train.errors import Problems
 
+_SECRET_MARKS = ("token", "api_key", "apikey", "password", "secret")
+"""In names of what nobody is to read."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -44,8 +47,13 @@ def kind_of(name: str) -> Kind | None:
 
 
 def concealed(name: str, value: object) -> object:
-    """`value` as a message may show it: keys and tokens are not shown."""
+    """`value` as a message may show it: keys and tokens are not shown, under misspelt names neither."""
     option = options().get(name)
+    if option is None and kind_of(name) is None:
+        said = name.replace("-", "_").lower()
+        secrets = [each for each, known in options().items() if known.secret]
+        alike = any(mark in said for mark in _SECRET_MARKS) or difflib.get_close_matches(said, secrets, n=1)
+        return "***" if alike else value
     return "***" if option is not None and option.secret else value
 
 
@@ -99,7 +107,7 @@ def _take(result: CommandLine, flag: str, values: list[str], problems: Problems)
         name, kind = name[3:], "flag"
     shown = " ".join(values) if values else None
     if kind is None:
-        problems.add(flag, shown, "is no option", nearest(name))
+        problems.add(flag, None if shown is None else concealed(name, shown), "is no option", nearest(name))
     elif kind == "flag":
         if values:
             way_out = f"write {flag} alone" if switched_on else f"write {flag} alone to switch it off"
@@ -161,7 +169,7 @@ def _note(
         # Files that a graphical interface writes hold the options of other model families, empty.
         return
     elif kind_of(name) is None:
-        shown = None if isinstance(value, dict | list) else value
+        shown = None if isinstance(value, dict | list) else concealed(name, value)
         in_list = len(keys) > 1 and kind_of(keys[0]) == "list"
         way_out = f'write a list of texts: {keys[0]} = ["{name}={value}"]' if in_list else nearest(name)
         problems.add(place, shown, "is no option", way_out)

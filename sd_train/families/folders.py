@@ -21,6 +21,8 @@ _VARIANTS = ("", ".fp16", ".bf16", ".fp32")
 """What stands before `.safetensors` in the files' names; the first that is there is read."""
 
 _ROLES = ("text_encoder", "text_encoder_2")
+_MOST_LAYERS = 1000
+"""Of a network, or of a block; no network that is known has a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def _check_unet(folder: Path, config: dict[str, Any]) -> None:
 def _checked(folder: Path, config: dict[str, Any], source: RenamedSource) -> Part:
     """The part, if it has every tensor that its configuration asks for and no other."""
     try:
+        _check_depth(config)
         pairs = list(_pairs(folder.name, config))
     except (KeyError, TypeError, ValueError, IndexError) as problem:
         raise ModelError(f"{folder / 'config.json'}: is not understood ({problem!r}); download it again") from None
@@ -127,6 +130,18 @@ def _checked(folder: Path, config: dict[str, Any], source: RenamedSource) -> Par
                 "belong to its config.json, download the folder again"
             )
     return Part(config, source)
+
+
+def _check_depth(config: Any) -> None:
+    """Raise ValueError if `config` asks for so many layers that their names alone would fill the memory."""
+    names = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+    todo = [config.get(name) for name in (*names, "reverse_transformer_layers_per_block")]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list | tuple):
+            todo += value
+        elif isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(f"{value} layers")
 
 
 def _pairs(name: str, config: dict[str, Any]) -> Iterable[TensorPair]:
@@ -187,7 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_text(path, ModelError))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: is no JSON table; download it again")

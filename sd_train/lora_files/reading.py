@@ -54,6 +54,7 @@ _VERSIONS = (
 """Beginnings of `ss_base_model_version` and `modelspec.architecture`."""
 
 
+_REPEATED, _REPEATED_GROUP = re.compile(r"[*+?{]"), re.compile(r"\)[*+?{]")
 _OF_SDXL = re.compile(r"transformer_blocks[._][1-9]|^lora_te1_|^lora_unet_(input|middle|output)_block")
 """In keys of no other family."""
 
@@ -139,7 +140,7 @@ class LoraFile:
         } or ({} if any(name.startswith(("unet.", "text_encoder")) for name in config) else config)
         if "lora_alpha" not in own:
             return None, None
-        alpha = float(_pattern(own.get("alpha_pattern"), place.path) or own["lora_alpha"])
+        alpha = float(_pattern(own.get("alpha_pattern"), place.path, self.origin) or own["lora_alpha"])
         # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root.
         return (alpha * math.sqrt(rank) if own.get("use_rslora") else alpha), None
 
@@ -153,9 +154,18 @@ def json_table(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _pattern(patterns: Any, path: str) -> float | None:
-    """PEFT's rule: the first pattern that matches the end of the module's path from a dot on."""
+def _pattern(patterns: Any, path: str, origin: str) -> float | None:
+    """PEFT's rule: the first pattern that matches the end of the module's path from a dot on.
+
+    Raises:
+        ModelError: if a pattern could be searched for ever: a repeated group, or more than two repetitions.
+    """
     for pattern, value in (patterns or {}).items():
+        if len(_REPEATED.findall(pattern)) > 2 or _REPEATED_GROUP.search(pattern):
+            raise ModelError(
+                f"{origin}: alpha_pattern {pattern[:80]!r} is too involved to be searched for safely; write out the "
+                "modules' names in its place"
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return float(value)

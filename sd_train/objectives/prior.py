@@ -51,9 +51,13 @@ class Preservation:
 
     def now(self, batch: Batch, images: Mapping[str, Tensor], noisy: Tensor, timesteps: Tensor) -> Tensor:
         """What the model predicts for the class as it stands."""
-        rows = self.family.encode_texts([self.prior.prompt]) if self._learns_text else self._class_rows
-        assert rows is not None
-        conditioning = self.family.condition(_for_each(rows, len(noisy)), images, batch.geometry)
+        if self._learns_text:
+            # One for each sample: what dropout leaves out is a sample's own.
+            rows = self.family.encode_texts([self.prior.prompt] * len(noisy))
+        else:
+            assert self._class_rows is not None
+            rows = _for_each(self._class_rows, len(noisy))
+        conditioning = self.family.condition(rows, images, batch.geometry)
         return self.family.predict(noisy, timesteps, conditioning)
 
     def note(self, losses: Tensor, weight: Tensor) -> None:
