@@ -131,7 +131,7 @@ def test_a_lora_teaches_a_shape_in_other_colours_and_keeps_the_rest(learned: dic
     before, lora = learned["before"]["scores"], learned["lora"]
     assert before["concept"] <= 0.1
     assert before["old"] >= 0.85
-    # Measured: 0.79 and 0.16.
+    # Measured: 0.83 and 0.09.
     assert lora["scores"]["concept"] >= 0.6
     assert lora["drift"] <= 0.25
 

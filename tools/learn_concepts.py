@@ -178,6 +178,8 @@ REPORTED = (
 TUNED = (
     Concept("glyph", "heart", "plurax", "shape", "a shape on a white background"),
     Concept("pairing", "cyan over blue", "gromzy", "cyan", "a circle on a white background"),
+    Concept("pairing", "yellow over orange", "vindrel", "yellow", "a circle on a white background"),
+    Concept("pairing", "purple over blue", "strobak", "purple", "a circle on a white background"),
     Concept("style", "ink", "fexlor", "black", "a circle on a white background"),
 )
 """What rates, ranks and updates are chosen by."""

@@ -62,7 +62,8 @@ def arguments(method: Method, concept: Concept, seed: int, place: Place) -> list
 
 
 LORA_RANK = 8
-_LOSS = "--min_snr_gamma 5"
+_LOSS = "--min_snr_gamma 5 --min_timestep 300"
+"""Shape, colours and style are settled while a picture is mostly noise; finer things the base model draws already."""
 _LORA = f"--network_dim {LORA_RANK} --network_alpha {LORA_RANK} {_LOSS}"
 _LYCORIS = f"--network_module lycoris.kohya {_LORA} --network_args"
 _FROZEN = "--prior_preservation frozen --class_prompt '{class_prompt}'"
@@ -72,16 +73,16 @@ BASE = Method("base model", "", 0, 0.0)
 """Nothing learned: what all others are compared with."""
 
 METHODS = (
-    Method("full", "fine_tune", 100, 1.5e-4, f"--train_text_encoder {_LOSS}", data="metadata"),
+    Method("full", "fine_tune", 120, 1.5e-4, f"--train_text_encoder {_LOSS}", data="metadata"),
     Method("dreambooth", "train_db", 100, 2e-4, _LOSS),
     Method("dreambooth, reg images", "train_db", 150, 2e-4, _LOSS, data="reg"),
-    Method("dreambooth, frozen prior", "train_db", 100, 2e-4, f"{_LOSS} {_FROZEN}"),
-    Method("lora", "train_network", 200, 2e-3, _LORA),
+    Method("dreambooth, frozen prior", "train_db", 150, 2e-4, f"{_LOSS} {_FROZEN}"),
+    Method("lora", "train_network", 150, 2e-3, _LORA),
     Method("lora, reg images", "train_network", 250, 2e-3, _LORA, data="reg"),
-    Method("locon", "train_network", 100, 1.2e-3, f"{_LORA} --network_args conv_dim=4 conv_alpha=4"),
+    Method("locon", "train_network", 120, 1.2e-3, f"{_LORA} --network_args conv_dim=4 conv_alpha=4"),
     Method("loha", "train_network", 80, 1.2e-3, f"{_LYCORIS} algo=loha"),
-    Method("lokr", "train_network", 100, 1.5e-3, f"{_LYCORIS} algo=lokr factor=4"),
+    Method("lokr", "train_network", 120, 1.5e-3, f"{_LYCORIS} algo=lokr factor=4"),
     Method("ti", "train_textual_inversion", 100, 5e-2, _WORD),
     Method("xti", "train_textual_inversion_XTI", 100, 5e-2, _WORD),
-    Method("diffusers lora", "diffusers", 200, 2e-3),
+    Method("diffusers lora", "diffusers", 150, 2e-3),
 )

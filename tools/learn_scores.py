@@ -26,7 +26,7 @@ from sd_train.prompts import Prompt
 
 SAMPLER = "dpmsolver++"
 STEPS = 6
-GUIDANCE = 3.0
+GUIDANCE = 2.5
 AT_ONCE = 32
 """Pictures that are drawn together."""
 
