@@ -135,8 +135,11 @@ def test_zero_terminal_snr_makes_a_model_that_is_read_as_such(
     assert [metadata(file)["ss_zero_terminal_snr"] for file in (flag, told, plain)] == ["True", "True", "False"]
 
     capsys.readouterr()
-    train(v_model, data, tmp_path / "again", f"{more} --resume {tmp_path / 'flag' / 'lora-step00000001-state'}")
-    assert "changed since the state was saved: zero_terminal_snr" in capsys.readouterr().err
+    resume = f"{more} --resume {tmp_path / 'flag' / 'lora-step00000001-state'}"
+    assert main(["train_network", *words(v_model, data, tmp_path / "again", resume)]) == 2
+    assert "zero_terminal_snr: True -> False" in capsys.readouterr().err
+    train(v_model, data, tmp_path / "again", f"{resume} --resume_anyway zero_terminal_snr")
+    assert "accepted by --resume_anyway: zero_terminal_snr: True -> False" in capsys.readouterr().err
     train(marked, data, tmp_path / "doubled", f"{SHORT} --zero_terminal_snr --min_snr_gamma 5")
     said = capsys.readouterr().err
     assert "--zero_terminal_snr has no effect: the model's schedule has it already" in said

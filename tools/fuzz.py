@@ -1,7 +1,7 @@
 """Files that want in: safetensors with lying headers, states, metadata and prompts with anything in them, by the seed.
 
 `python tools/fuzz.py --count 20000 --seed 1` reads so many of each kind as model, LoRA, embedding, cache and state, and
-prints how many were refused in words and how many were harmless. Anything else, a traceback or a hang, ends it with the
+as a model's configuration, and prints how many were refused in words and how many were harmless. Anything else, a traceback or a hang, ends it with the
 seed and the number that bring it back. `tests/test_no_way_in.py` runs the same for a moment.
 """
 
@@ -270,6 +270,40 @@ READERS: Mapping[str, Read] = {
 }  # fmt: skip
 
 
+def configs(count: int, seed: int, folder: Path) -> Counter[str]:
+    """How a model in diffusers' folder, made in `folder`, is read with `count` configurations that say anything.
+
+    Raises:
+        AssertionError: at the first that is neither refused nor harmless.
+    """
+    from sd_train.demo.tiny_model import make_tiny_parts
+    from sd_train.families.parts import ModelRequest
+    from sd_train.families.registry import load_family
+    from sd_train.families.saving import save_model
+
+    model = folder / "model"
+    save_model(model, make_tiny_parts("sd1", 0), "diffusers_safetensors")
+    files = [model / "scheduler" / "scheduler_config.json"]
+    files += [model / part / "config.json" for part in ("unet", "vae", "text_encoder")]
+    found: Counter[str] = Counter()
+    for number in range(count):
+        file = files[number % len(files)]
+        whole = file.read_text(encoding="utf-8")
+        changed = json.dumps(hostile_json(json.loads(whole), random.Random(f"{seed} {number}")))
+        file.write_text(changed, encoding="utf-8")
+        try:
+            load_family(ModelRequest(str(model), allow_network=False))
+        except UserError:
+            found["refused"] += 1
+        except Exception as problem:
+            said = f"{file.parent.name} {number}: {type(problem).__name__}: {problem}"
+            raise AssertionError(f"{said}\n{changed[:2000]}") from problem
+        else:
+            found["harmless"] += 1
+        file.write_text(whole, encoding="utf-8")
+    return found
+
+
 def sample_files(folder: Path) -> dict[str, bytes]:
     """A small whole file of each kind, by the name of its reader."""
     import torch
@@ -308,19 +342,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000, help="files for each reader (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="what they are made by (default 0)")
-    parser.add_argument("--reader", choices=tuple(READERS), help="this one alone")
+    parser.add_argument("--reader", choices=(*READERS, "config"), help="this one alone")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         wholes = sample_files(folder)
-        for name in [options.reader] if options.reader else READERS:
+        for name in [options.reader] if options.reader else [*READERS, "config"]:
             place = folder / name
             place.mkdir(exist_ok=True)
             for old in place.iterdir():
                 old.unlink()
-            files = lies(wholes[name], options.count, options.seed)
             try:
-                found = outcomes(READERS[name], place / "x.safetensors", files)
+                if name == "config":
+                    found = configs(options.count, options.seed, place)
+                else:
+                    files = lies(wholes[name], options.count, options.seed)
+                    found = outcomes(READERS[name], place / "x.safetensors", files)
             except AssertionError as problem:
                 print(f"{name}, seed {options.seed}: {problem}")
                 return 1

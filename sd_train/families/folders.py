@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def _check_unet(folder: Path, config: dict[str, Any]) -> None:
 def _checked(folder: Path, config: dict[str, Any], source: RenamedSource) -> Part:
     """The part, if it has every tensor that its configuration asks for and no other."""
     try:
-        _check_depth(config)
+        _check_numbers(folder.name, config)
         pairs = list(_pairs(folder.name, config))
     except (KeyError, TypeError, ValueError, IndexError) as problem:
         raise ModelError(f"{folder / 'config.json'}: is not understood ({problem!r}); download it again") from None
@@ -132,8 +133,16 @@ def _checked(folder: Path, config: dict[str, Any], source: RenamedSource) -> Par
     return Part(config, source)
 
 
-def _check_depth(config: Any) -> None:
-    """Raise ValueError if `config` asks for so many layers that their names alone would fill the memory."""
+def _check_numbers(network: str, config: dict[str, Any]) -> None:
+    """Raise ValueError for what is no number where it must be one, and for so many layers that their names alone would
+    fill the memory; channels that are not told are diffusers' usual ones."""
+    if network not in _ROLES:
+        name = "in_channels" if network.startswith("unet") else "latent_channels"
+        if type(count := config.setdefault(name, 4)) is not int or count < 1:
+            raise ValueError(f"{name} = {str(count)[:40]!r}")
+    scale = config.get("scaling_factor", 1.0)
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scaling_factor = {str(scale)[:40]!r}")
     names = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
     todo = [config.get(name) for name in (*names, "reverse_transformer_layers_per_block")]
     while todo:

@@ -241,7 +241,7 @@ class Lora:
         """`KEY.lora_down.weight`, `KEY.lora_up.weight` and `KEY.alpha` of every module."""
         tensors: dict[str, Tensor] = {}
         for name, module in self._all().items():
-            tensors[f"{name}.alpha"] = torch.tensor(module.alpha)
+            tensors[f"{name}.alpha"] = torch.tensor(float(module.alpha))
             tensors[f"{name}.lora_down.weight"] = module.down.detach()
             tensors[f"{name}.lora_up.weight"] = module.up.detach()
         return tensors
