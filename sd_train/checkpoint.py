@@ -30,6 +30,9 @@ from sd_train.types import Progress
 
 logger = logging.getLogger(__name__)
 
+_MOST_FAILURES = 3
+"""Tries of the last save where the disk refuses for another reason than that it is full."""
+
 Export = Callable[[Trainable, Path, Mapping[str, str], Mapping[str, Tensor] | None], None]
 """Writes a trainable's weights, or other tensors of the same names, with metadata."""
 
@@ -249,16 +252,19 @@ class Checkpoint:
         Raises:
             DiskError: if there is none, or somebody gives up waiting.
         """
-        asked, waits = self.stopping(), False
+        asked, waits, failed = self.stopping(), False, 0
         while True:
             try:
                 self.save(stem, progress, state=state)
             except DiskError as problem:
                 gives_up = self.stopping() and not asked
-                if not problem.full or self.on_disk_full == "stop" or gives_up:
+                # A disk across a network may be away for a moment.
+                failed += not problem.full
+                if failed >= _MOST_FAILURES or self.on_disk_full == "stop" or gives_up:
                     raise self._unsaved(problem, progress) from None
                 if not waits:
-                    logger.warning("%s\n  waiting for room; Ctrl-C gives up what is not saved", problem)
+                    what = "waiting for room" if problem.full else "trying again"
+                    logger.warning("%s\n  %s; Ctrl-C gives up what is not saved", problem, what)
                 waits = True
             else:
                 return

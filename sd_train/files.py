@@ -1,7 +1,7 @@
 """Files appear complete or not at all: temporary name, fsync, rename.
 
-What a process that was killed leaves behind has names that no other program gives: `.NAME.PID.tmp`, unfinished, and for
-the moment between two renames `.NAME.PID.old`, whole. `tidy` puts that right.
+What a process that was killed leaves behind has names that no other program gives: `.NAME.PID-HOST.tmp`, unfinished,
+and for the moment between two renames `.NAME.PID-HOST.old`, whole. `tidy` puts that right.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,11 @@ from pathlib import Path
 from sd_train.errors import DiskError, RunError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_LEFT = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")
+_LEFT = re.compile(r"\.(.+)\.(\d+)(?:-([0-9a-f]{6}))?\.(tmp|old)")
+_HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
+"""Tells machines and containers that write into the same folder apart."""
+_STALE_SECONDS = 3600.0
+"""Nothing is written for so long by another machine's process: it is gone."""
 
 
 def _sync_folder(folder: Path) -> None:
@@ -154,7 +160,12 @@ def write_folder(path: Path, fill: Callable[[Path], None], option: str = "--outp
 
 
 def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{_HOST}.{kind}")
+
+
+def temporary_name(path: Path) -> Path:
+    """Where what is to become `path` may be put together: `tidy` takes it away if this process is killed."""
+    return _beside(path, "tmp")
 
 
 def _refused(path: Path, problem: OSError, option: str) -> DiskError:
@@ -201,8 +212,12 @@ def tidy(folder: Path, is_ours: Callable[[str], bool]) -> Tidied:
     """
     left: dict[str, list[tuple[Path, str]]] = {"old": [], "tmp": []}
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if (found := _LEFT.fullmatch(entry.name)) and is_ours(found[1]) and _is_gone(int(found[2])):
-            left[found[3]].append((entry, found[1]))
+        if not (found := _LEFT.fullmatch(entry.name)) or not is_ours(found[1]):
+            continue
+        # An old one whose place is empty is put back wherever it comes from: it is whole.
+        missing = found[4] == "old" and not os.path.exists(folder / found[1])
+        if missing or _is_gone(int(found[2]), found[3] or _HOST, entry):
+            left[found[4]].append((entry, found[1]))
     put_back, removed = list[Path](), list[Path]()
     for old, name in left["old"]:
         if not os.path.exists(folder / name):
@@ -221,10 +236,18 @@ def tidy(folder: Path, is_ours: Callable[[str], bool]) -> Tidied:
     return Tidied(tuple(put_back), tuple(removed))
 
 
-def _is_gone(process: int) -> bool:
-    """Whether no process has this number, or only this one: in containers they all have the same."""
+def _is_gone(process: int, host: str, entry: Path) -> bool:
+    """Whether no process has this number, or only this one: in containers they all have the same.
+
+    Of another machine's processes nothing is known but when they last wrote to `entry`.
+    """
     import psutil
 
+    if host != _HOST:
+        with contextlib.suppress(OSError):
+            written = max(each.stat().st_mtime for each in (entry, *entry.rglob("*")))
+            return time.time() - written > _STALE_SECONDS
+        return False
     return process == os.getpid() or not psutil.pid_exists(process)
 
 

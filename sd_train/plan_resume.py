@@ -24,10 +24,13 @@ from sd_train.families.parts import ModelKind
 from sd_train.metadata import now
 from sd_train.randomness import derive
 from sd_train.state import read_progress
+from sd_train.state_files import of_a_state
 from sd_train.types import QUARANTINE, RATES_FROM, Progress
 
 _OWNER = "facts"
 """Place in `Progress.extra` of what the training is of."""
+_LAST_EPOCH = "last_epoch"
+"""Fact of trainings whose last epoch has other batches than it would have in the middle."""
 _INITIAL = "initial"
 """Place of the `--initial_step` or `--initial_epoch` that the training has begun with."""
 _WORDS: Mapping[str, str] = {
@@ -80,6 +83,8 @@ def facts_of(config: RunConfig, kind: ModelKind | None, updates: Updates) -> dic
         "gradient_accumulation_steps": settings.accumulation,
         "dataset": _dataset_facts(updates.indexes),
     }
+    if any(index.dataset.bucket_policy == "carry" for index in updates.indexes):
+        facts[_LAST_EPOCH] = updates.order.last_epoch
     if kind is not None:
         facts["prediction"] = kind.prediction
         facts["zero_terminal_snr"] = kind.zero_terminal_snr or config.noise.zero_terminal_snr
@@ -97,7 +102,8 @@ def starting_point(
     notes: list[str] = []
     progress, goes_on = stored, True
     if resume is not None:
-        progress, notes = _go_on(config, resume, stored, facts, updates)
+        with of_a_state(resume / "progress.json"):
+            progress, notes = _go_on(config, resume, stored, facts, updates)
         goes_on = (progress.epoch, progress.index) == (stored.epoch, stored.index)
     placed = _placed(config, progress, updates)
     if placed is not None:
@@ -117,6 +123,7 @@ def _go_on(
     """Where the state's training goes on, and what was accepted or only has to be known."""
     before: Mapping[str, Any] = stored.extra.get(_OWNER, {})
     found = {name: change for name in facts if name in before and (change := _change(name, before[name], facts[name]))}
+    other_end = found.pop(_LAST_EPOCH, None)
     per_update = int(before.get("processes", 1)) * int(before.get("gradient_accumulation_steps", 1))
     notes = [] if before else ["the state does not say what it is of: dataset, seed and processes were not compared"]
     if before and per_update == updates.per_update:
@@ -138,6 +145,12 @@ def _go_on(
     notes += [f"--resume_anyway {name} has no effect: it is as it was" for name in idle]
     notes += [f"accepted by --resume_anyway: {change}: {ACCEPTED[name]}" for name, change in found.items()]
     anew = "dataset" in found or "seed" in found
+    if other_end and stored.index and stored.epoch in (before[_LAST_EPOCH], facts[_LAST_EPOCH]):
+        notes.append(
+            "the running epoch begins anew: it is the training's last one only before or after this change "
+            f"({other_end}, from 0), and with bucket_policy = carry a last epoch has other batches"
+        )
+        anew = True
     if not anew and (not before or per_update == updates.per_update):
         return stored, notes
     # What was to be left out has other images now.

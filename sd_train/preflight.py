@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sd_train.device import free_memory
+from sd_train.files import temporary_name
 from sd_train.loop import Training, gradients
 from sd_train.report import warn_line
 from sd_train.snapshot import take_snapshot
@@ -131,7 +131,7 @@ def _measure_save(run: Training, state: bool) -> tuple[Cost, int, int]:
     if not checkpoint.is_main:
         return Cost(0.0, None), 0, 0
     # The name of what is unfinished: if the process is killed here, the next run takes it away (`files.tidy`).
-    folder = checkpoint.names.folder / f".{STEM}.{os.getpid()}.tmp"
+    folder = temporary_name(checkpoint.names.model(STEM))
     folder.mkdir(parents=True, exist_ok=True)
     names = replace(checkpoint.names, folder=folder)
     try:

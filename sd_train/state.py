@@ -23,12 +23,17 @@ from sd_train.optim.ema import Ema
 from sd_train.optim.values import decode, encode, moved
 from sd_train.state_files import of_a_state, put_table, read_json, read_table
 from sd_train.trainables.base import ParamGroup, Trainable
-from sd_train.types import Progress
+from sd_train.types import QUARANTINE, RATES_FROM, Progress
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _FILES = {"trainable.safetensors", "optimizer.safetensors", "optimizer.json", "progress.json", "config.toml"}
 """What every state holds beside its manifest."""
+
+_AS_LARGE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "z", "state1", "state2"}
+"""What optimizers remember of a parameter, number by number."""
+_BLOCK = 256
+"""Numbers that have a scale in common in bitsandbytes' 8-bit states."""
 
 Extra = tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]]
 """How to read a JSON state and how to put it back."""
@@ -101,6 +106,8 @@ def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain
         kind, owner, key = path.split("/", 2)
         if kind == "state" and "/" not in key and key not in saved[owner]:
             saved[owner][key] = tensor
+    for name, values in saved.items():
+        _check_shapes(name, named[name], values)
     groups = []
     for place, group in enumerate(optimizer.state_dict()["param_groups"]):
         restored = {
@@ -114,6 +121,25 @@ def load_optimizer_state(parts: StateParts, tensors: Mapping[str, Tensor], plain
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for name, values in saved.items():
         _as_it_was(optimizer, named[name], values)
+
+
+def _check_shapes(name: str, parameter: torch.nn.Parameter, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for what is not of the parameter's size: compiled steps write there without looking."""
+    count = parameter.numel()
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            continue
+        fits = True
+        if key in _AS_LARGE:
+            fits = value.numel() == count
+        elif key in ("absmax1", "absmax2"):
+            fits = value.numel() * _BLOCK >= count
+        elif key in ("qmap1", "qmap2"):
+            fits = value.numel() == 256
+        elif key == "step":
+            fits = value.numel() == 1
+        if not fits:
+            raise ValueError(f"{key} of {name} has the shape {tuple(value.shape)}")
 
 
 def _as_it_was(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, saved: Mapping[str, Any]) -> None:
@@ -291,7 +317,11 @@ def _progress(path: Path) -> Progress:
         counts = (progress.seed, progress.session_id, progress.step, progress.epoch, progress.index, progress.samples)
         if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(progress.extra, dict):
             raise ValueError("a counter is no number from 0 on")
-        _ = progress.started_at + 0.0
+        _ = progress.started_at + 0.0, int(progress.extra.get(RATES_FROM, 0))
+        for left_out in progress.extra.get(QUARANTINE, []):
+            if type(left_out["step"]) is not int or not isinstance(left_out["files"], list):
+                raise ValueError("an update in quarantine is none")
+            _ = str(left_out["reason"])
         return progress
 
 
@@ -351,7 +381,8 @@ def load_state(path: Path, parts: StateParts, accepted: Collection[str] = ()) ->
     if same_optimizer:
         with of_a_state(path / "optimizer.json"):
             load_optimizer_state(parts, read_table(path / "optimizer.safetensors"), plain)
-    average = path / "ema.safetensors"
+    # What the seal does not name is none of the state's.
+    average = path / "ema.safetensors" if "ema.safetensors" in manifest["files"] else path / "-"
     if parts.ema is not None:
         # A state without one is of a run without it: the average begins with the weights as they stand.
         parts.ema.load(read_table(average) if average.is_file() else parts.trainable.tensors())

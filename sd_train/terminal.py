@@ -48,8 +48,9 @@ def plain_streams() -> Iterator[None]:
         # Captions and file names may hold what a console or a log file cannot; that is no reason to stop.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # Without a terminal, as under pythonw, there may be no stream at all.
     sys.stdout, sys.stderr = (
-        stream if isinstance(stream, _Plain) else cast(TextIO, _Plain(stream)) for stream in before
+        stream if stream is None or isinstance(stream, _Plain) else cast(TextIO, _Plain(stream)) for stream in before
     )
     try:
         yield

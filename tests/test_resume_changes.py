@@ -4,6 +4,7 @@ beginning elsewhere; and the command that proves a resume."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from sd_train.config.changes import ACCEPTED, changed_options, meaning_of
 from sd_train.config.parser import load_run_config
 from sd_train.config.values import FACTS
 from sd_train.errors import ConfigError
+from sd_train.files import sha256
 from sd_train.optim.ema import Ema
 from sd_train.state import put_table, read_progress, read_table
 from sd_train.train_network import main
@@ -95,6 +97,26 @@ def test_accepted_differences_keep_epochs_and_ends_straight(
     assert again(small_model, folder, tmp_path / "sum", more) == 0
     after = read_progress(tmp_path / "sum" / "lora-state")
     assert (after.step, after.epoch, after.index) == (5, 1, 0)
+
+
+def test_a_last_epoch_that_is_none_any_more_begins_anew(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With `carry` the last epoch has a short batch for what is left, which the next one has elsewhere."""
+    dataset = write_dataset(tmp_path / "d.toml", "batch_size = 5\nbucket_policy = 'carry'")
+    run = f"{UNET} --save_state --save_every_n_steps 1"
+    train(small_model, dataset, tmp_path / "two", f"{run} --max_train_epochs 2")
+    state = tmp_path / "two" / "lora-step00000002-state"
+    before = read_progress(state)
+    assert (before.epoch, before.index) == (1, 1)
+    train(small_model, dataset, tmp_path / "four", f"{run} --max_train_epochs 4 --resume {state}")
+    assert "the running epoch begins anew" in capsys.readouterr().err
+    after = read_progress(tmp_path / "four" / "lora-step00000003-state")
+    assert (after.epoch, after.index) == (2, 0)
+    # Where it stays the last one it goes on.
+    train(small_model, dataset, tmp_path / "same", f"{run} --max_train_epochs 2 --resume {state}")
+    assert "begins anew" not in capsys.readouterr().err
+    assert differences(tmp_path / "same" / "lora.safetensors", tmp_path / "two" / "lora.safetensors") == []
 
 
 def test_another_base_model_and_optimizer_are_told_together(
@@ -220,3 +242,24 @@ def test_shared_tensors_are_written_once(tmp_path: Path) -> None:
     assert found["second"] is found["first"]
     assert found["own"] is not found["first"]
     assert all(torch.equal(found[name], tensor) for name, tensor in table.items())
+
+@pytest.mark.parametrize(
+    ("key", "shape"), [("exp_avg", (1,)), ("exp_avg_sq", (4000, 4)), ("step", (3,))]
+)
+def test_a_state_of_other_sizes_is_refused(
+    small_model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str,
+    shape: tuple[int, ...],
+) -> None:
+    """Whoever can write a state can seal it; fused optimizers write where their tensors should be."""
+    state = tmp_path / "run" / "lora-state"
+    shutil.copytree(folder / "run" / "lora-state", state)
+    table = read_table(state / "optimizer.safetensors")
+    name = next(name for name in table if name.endswith(f"/{key}"))
+    put_table(state / "optimizer.safetensors", table | {name: torch.zeros(shape)})
+    manifest = json.loads((state / "manifest.json").read_text())
+    file = state / "optimizer.safetensors"
+    manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+    (state / "manifest.json").write_text(json.dumps(manifest))
+    more = f"{UNET} --max_train_steps 5 --resume {state}"
+    assert main(words(small_model, folder / "d.toml", tmp_path / "out", more)) == 3
+    assert f"{key} of " in capsys.readouterr().err

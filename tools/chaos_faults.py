@@ -73,6 +73,7 @@ class Faults:
         from sd_train.checkpoint import Checkpoint
         from sd_train.device import Updater
         from sd_train.names import FileNames
+        from sd_train.optim.ema import Ema
         from sd_train.report import Report
         from sd_train.types import Progress
 
@@ -80,7 +81,8 @@ class Faults:
         # What the disk refuses here it takes when it is asked again.
         room.RETRY_SECONDS = 0.0
         passed: list[tuple[Any, str]] = [
-            (Updater, "backward"), (Updater, "step"), (Report, "update"), (build, "load_family"),
+            (Updater, "backward"), (Updater, "reduce"), (Updater, "apply"), (Ema, "update"), (Report, "update"),
+            (build, "load_family"),
             (build, "make_optimizer"), (build, "fill_caches"), (build, "load_state"),
         ]  # fmt: skip
         for owner, name in passed:

@@ -1,8 +1,9 @@
 """Files that want in: safetensors with lying headers, states, metadata and prompts with anything in them, by the seed.
 
-`python tools/fuzz.py --count 20000 --seed 1` reads so many of each kind as model, LoRA, embedding, cache and state, and
-as a model's configuration, and prints how many were refused in words and how many were harmless. Anything else, a traceback or a hang, ends it with the
-seed and the number that bring it back. `tests/test_no_way_in.py` runs the same for a moment.
+`python tools/fuzz.py --count 20000 --seed 1` reads so many of each kind as model, LoRA, embedding, cache and state and
+as a model's configuration. It prints how many were refused in words and how many were harmless. Anything else, a
+traceback or a hang, ends it with the seed and the number that bring it back; `tests/test_no_way_in.py` runs the same
+for a moment.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ def without_outputs(config: RunConfig) -> RunConfig:
                                                             "save_precision")}  # fmt: skip
     return replace(
         config,
+        dataset=config.dataset.model_copy(update={"debug_dataset": False}),
         training=config.training.model_copy(update={"seed": config.training.seed or 0}),
         validation=config.validation.model_copy(update={"save_best": False, "validation_patience": None}),
         ema=config.ema.model_copy(update={"sample_ema": False}),

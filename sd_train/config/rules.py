@@ -22,7 +22,7 @@ _LONGEST_PART = 255
 """Bytes of one name in a path: the limit of the file systems in use."""
 _LONGEST_NAME = 150
 _LONGEST_NAME_BYTES = 200
-"""Leaves room for what is put before and behind: `.NAME-step00000100-state.1234567.tmp`."""
+"""Leaves room for what is put before and behind: `.NAME-step00000100-ema.safetensors.1234567-abcdef.tmp`."""
 _DEVICE = re.compile(r"(?i:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9\xb9\xb2\xb3])")
 _NOT_ON_WINDOWS = '<>:"|?*'
 
