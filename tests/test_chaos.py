@@ -16,18 +16,18 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and read
 
 
 def test_a_training_survives_kills_signals_full_disks_and_damage() -> None:
-    options = "--kills 16 --others 1 --lora_alone --seed 5"
+    options = "--kills 8 --others 1 --lora_alone --seed 5"
     arguments = [sys.executable, str(SOURCES / "tools" / "chaos.py"), *options.split()]
     # Many processes, one after the other, on a machine that may have much else to do.
     run = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=1200, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     lines = [line.rpartition(": ") for line in run.stdout.splitlines()]
     counts = {name: int(count) for name, _, count in lines if count.isdecimal()}
-    for what, number in (("kills", 16), ("stops", 1), ("refusals", 1)):
+    for what, number in (("kills", 8), ("stops", 1), ("refusals", 1)):
         assert counts[what] == counts[f"{what}: equal to the bit in the end"] == number
-    assert counts["kills after update 1"] >= 8
-    assert counts["kills inside a save"] >= 4
-    assert counts["kills: resumed"] >= 4
+    assert counts["kills after update 1"] >= 4
+    assert counts["kills inside a save"] >= 2
+    assert counts["kills: resumed"] >= 2
     assert counts["damaged states passed over, equal to the bit in the end"] == 1
     assert counts["bytes lost"] == 0
     assert run.stdout.endswith("\n0 problems\n")
