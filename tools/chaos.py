@@ -127,13 +127,13 @@ class Chaos:
     def _journal(self, present: set[str], output: Path) -> tuple[str | None, list[str]]:
         """The name of the state that was sealed last, and what was there, was not deleted and is gone.
 
-        A line tells what comes after it came, and what goes before it goes.
+        A line tells what comes after it came, what goes before it goes, and what was put back: it is as old as it was.
         """
         journal = self.place / "journal"
         order = sorted(present)
         for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
             sign, _, name = line.partition(" ")
-            present = present | {name} if sign == "+" else present - {name}
+            present = present - {name} if sign == "-" else present | {name}
             if sign == "+":
                 order = [*(other for other in order if other != name), name]
         visible = [path.name for path in output.iterdir() if not path.name.startswith(".")]

@@ -151,7 +151,8 @@ class Faults:
             self._note(f"- {visible[0].name}")
         result = function(*arguments, **named)
         if visible and not goes:
-            self._note(f"+ {visible[0].name}")
+            back = Path(arguments[0]).name.endswith(".old")
+            self._note(f"{'=' if back else '+'} {visible[0].name}")
         return result
 
     def _note(self, line: str) -> None:

@@ -231,12 +231,15 @@ class CastSource:
         return self.to if self.to is not None and stored.is_floating_point else stored
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`; a warning tells of numbers that fp16 cannot hold."""
+        """The tensor `name`; numbers that fp16 cannot hold become the largest that it can, with a warning."""
         tensor, dtype = self.base.read(name), self.dtype(name)
         cast = tensor.to(dtype)
         if dtype == torch.float16 and tensor.dtype != dtype and cast.isinf().any() and not tensor.isinf().any():
-            largest = tensor.abs().max().item()
-            _LOG.warning("%s: holds %.3g, which fp16 cannot hold; save it as bf16 or float", name, largest)
+            largest, most = tensor.abs().max().item(), torch.finfo(dtype).max
+            _LOG.warning(
+                "%s: holds %.3g, which fp16 cannot hold and becomes %g; save it as bf16 or float", name, largest, most
+            )
+            return tensor.clamp(-most, most).to(dtype)
         return cast
 
 
