@@ -105,7 +105,8 @@ def read_command_line(words: Sequence[str], problems: Problems) -> CommandLine:
         while rest and not rest[0].startswith("--") and rest[0] != "-h":
             values.append(rest.pop(0))
         if not word.startswith("--"):
-            problems.add(concealed_word(word), None, "stands before the first option", "every value follows its --option")
+            where, rule = concealed_word(word), "stands before the first option"
+            problems.add(where, None, rule, "every value follows its --option")
             continue
         flag, equals, attached = word.partition("=")
         _take(result, flag, [attached, *values] if equals else values, problems)
@@ -185,7 +186,8 @@ def _note(
     elif kind_of(name) is None:
         shown = None if isinstance(value, dict | list) else concealed(name, value)
         in_list = len(keys) > 1 and kind_of(keys[0]) == "list"
-        way_out = f'write a list of texts: {keys[0]} = ["{name}={concealed(name, value)}"]' if in_list else nearest(name)
+        listed = f'write a list of texts: {keys[0]} = ["{name}={concealed(name, value)}"]'
+        way_out = listed if in_list else nearest(name)
         problems.add(place, shown, "is no option", way_out)
     elif isinstance(value, dict):
         problems.add(place, None, "is a table", f'write a list of texts: {name} = ["name=value"]')

@@ -113,7 +113,8 @@ def _copy_tokenizer(own: Path, folder: Path) -> bool:
             _LOG.warning("%s: leads out of the model's folder and is not saved with the model", file)
             continue
         shutil.copyfile(real, folder / name)
-    return all((folder / name).exists() for name in ("vocab.json", "merges.txt")) or (folder / "tokenizer.json").exists()
+    vocabularies = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    return any(all((folder / name).exists() for name in names) for names in vocabularies)
 
 
 def _write_tokenizer(folder: Path, pad_token: str) -> None:

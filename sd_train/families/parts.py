@@ -27,12 +27,12 @@ from sd_train.families.vae import read_vae
 
 __all__ = [
     "CONFIG_ENTRY",
+    "TOLD_BY_NOTHING",
     "Form",
     "ModelKind",
     "ModelParts",
     "ModelRequest",
     "Part",
-    "TOLD_BY_NOTHING",
     "fitting_scheduler",
     "model_kind",
     "read_model",
@@ -219,8 +219,8 @@ def _noted(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]
         known = TOLD_BY_NOTHING.get("text" if role in ("text_encoder", "text_encoder_2") else role, ())
         if role != "scheduler" and (strange := sorted(fields.keys() - set(known))):
             raise ModelError(
-                f"{path}: its metadata {CONFIG_ENTRY} set {role}.{strange[0]}, which its tensors tell or nothing reads; "
-                "download it again, or write it again without that entry"
+                f"{path}: its metadata {CONFIG_ENTRY} set {role}.{strange[0]}, which nothing reads there; download it "
+                "again, or write it again without that entry"
             )
     return entries
 

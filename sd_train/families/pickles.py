@@ -96,8 +96,8 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, tensor in tensors.items():
         if not _is_stored(tensor):
             raise ModelError(
-                f"{path}: {name!r} of shape {tuple(tensor.shape)} has more numbers than the file holds for it; download "
-                "it again, or save it anew with .contiguous()"
+                f"{path}: {name!r} of shape {tuple(tensor.shape)} has more numbers than the file holds for it; "
+                "download it again, or save it anew with .contiguous()"
             )
     return (
         tensors,

@@ -118,7 +118,9 @@ def _entry(name: str, value: object, sizes: Mapping[str, int], start: int, room:
 
 def _are_counts(value: object, most: int) -> TypeGuard[list[int]]:
     """Whether `value` is a list of at most `most` whole numbers from 0 on; a bool is none."""
-    return isinstance(value, list) and len(value) <= most and all(type(number) is int and 0 <= number <= _LARGEST for number in value)
+    if not isinstance(value, list) or len(value) > most:
+        return False
+    return all(type(number) is int and 0 <= number <= _LARGEST for number in value)
 
 
 def _check_apart(entries: Mapping[str, Entry], sizes: Mapping[str, int]) -> None:
