@@ -123,7 +123,8 @@ def _metadata(rng: random.Random, header: Header, body: bytes) -> bytes:
              "sd_train.config"]  # fmt: skip
     values = (
         *HOSTILE_TEXTS, *HOSTILE_NUMBERS, "{", "[" * 100_000, '{"a": ' * 30_000, "NaN", '{"lora_alpha": "x"}', "[[1]]",
-        '{"x": "y"}', '{"unet": {"in_channels": 4}}', '{"lora_alpha": NaN, "alpha_pattern": {"(": 1}}', '{"lora_alpha": 1, "alpha_pattern": 3}',
+        '{"x": "y"}', '{"unet": {"in_channels": 4}}',
+        '{"lora_alpha": NaN, "alpha_pattern": {"(": 1}}', '{"lora_alpha": 1, "alpha_pattern": 3}',
     )  # fmt: skip
     table: Any = {rng.choice((*known, *HOSTILE_TEXTS)): rng.choice(values) for _ in range(rng.randrange(1, 8))}
     header["__metadata__"] = rng.choice((table, table, table, table, rng.choice(HOSTILE_NUMBERS)))
@@ -281,7 +282,7 @@ def configs(count: int, seed: int, folder: Path) -> Counter[str]:
         AssertionError: at the first that is neither refused nor harmless.
     """
     from sd_train.demo.tiny_model import make_tiny_parts
-    from sd_train.families.parts import CONFIG_ENTRY
+    from sd_train.families.parts import CONFIG_ENTRY, TOLD_BY_NOTHING
     from sd_train.families.saving import save_model
 
     model = folder / "model"
@@ -289,9 +290,13 @@ def configs(count: int, seed: int, folder: Path) -> Counter[str]:
     files = [model / "scheduler" / "scheduler_config.json"]
     files += [model / part / "config.json" for part in ("unet", "vae", "text_encoder")]
     single = folder / "model.safetensors"
-    save_model(single, make_tiny_parts("sd1", 0), "safetensors")
+    parts = make_tiny_parts("sd1", 0)
+    save_model(single, parts, "safetensors")
     header, body = split(single.read_bytes())
-    noted = json.loads(header["__metadata__"][CONFIG_ENTRY])
+    noted: Header = {"scheduler": parts.scheduler}
+    for role, part in parts.parts.items():
+        fields = TOLD_BY_NOTHING["text" if role == "text_encoder" else role]
+        noted[role] = {name: part.config[name] for name in fields if name in part.config}
     found: Counter[str] = Counter()
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
