@@ -31,7 +31,7 @@ from sd_train.lora_files.reading import LoraFile, lora_from_tensors
 from sd_train.state import order_of, read_manifest
 from tests.models import small_parts
 
-ROOM = 2 * 2**30
+ROOM = 3 * 2**30
 """Bytes that the process may take beside what it has, so that a mistake ends in an error, not in a full memory."""
 PLACE = Place("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
 MODULE = f"unet.{PLACE.path}"
