@@ -142,7 +142,7 @@ def original(small_model: Path) -> dict[str, Tensor]:
         ("unet", {"layers_per_block": 100, "transformer_layers_per_block": 100}),
         ("unet", {"layers_per_block": 101}),
         ("unet", {"transformer_layers_per_block": [[100] * 17] * 2}),
-        ("unet", {"down_block_types": ["CrossAttnDownBlock2D"] * 1000}),
+        ("unet", {"down_block_types": ["DownBlock2D"] * 1000, "up_block_types": ["UpBlock2D"] * 1000}),
         ("vae", {"block_out_channels": [32] * 1_000_000}),
         ("text_encoder", {"num_hidden_layers": 1000}),
     ],
