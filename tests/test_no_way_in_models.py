@@ -25,6 +25,7 @@ from sd_train.families.saving import save_model
 from sd_train.families.sources import DictSource, SafetensorsSource
 from sd_train.lora_files.adapter import DOWN, MID, UP, Adapter, change, delta, without_mid
 from sd_train.lora_files.alphas import PEFT_METADATA
+from sd_train.lora_files.decompose import RankRule, resize
 from sd_train.lora_files.merging import Weighted, merge_into
 from sd_train.lora_files.names import Place
 from sd_train.lora_files.reading import LoraFile, lora_from_tensors
@@ -251,6 +252,12 @@ def test_weights_of_another_shape_are_told_before_they_are_computed(monkeypatch:
     with pytest.raises(ModelError, match=r"for a weight of shape \(8000, 8000\), the model's is \(8, 8\)"):
         merged.read(f"{PLACE.path}.weight")
     assert computed == [0]
+
+
+def test_factors_that_do_not_fit_are_not_resized() -> None:
+    adapter = Adapter(PLACE, "lora", {UP: torch.ones(8, 2), DOWN: torch.ones(3, 8)}, 1.0)
+    with pytest.raises(ModelError, match="do not fit one another"):
+        resize(adapter, RankRule(1, 1), torch.device("cpu"))
 
 
 def lora(table: object, **more: Tensor) -> LoraFile:

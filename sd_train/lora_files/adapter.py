@@ -118,7 +118,7 @@ def delta(adapter: Adapter) -> Tensor:
         ModelError: if the algorithm is not computed here, or the factors do not fit one another, or make more than any
             weight has.
     """
-    with _fitting(adapter):
+    with fitting(adapter):
         _delta(_without_numbers(adapter))
         return _delta(adapter)
 
@@ -140,8 +140,12 @@ def _within(product: Tensor) -> Tensor:
 
 
 @contextmanager
-def _fitting(adapter: Adapter) -> Iterator[None]:
-    """Says in words that a file's factors have shapes that cannot be multiplied."""
+def fitting(adapter: Adapter) -> Iterator[None]:
+    """Says in words that a file's factors have shapes that cannot be multiplied.
+
+    Raises:
+        ModelError: in place of what torch raises.
+    """
     try:
         yield
     except _TooLarge as problem:
@@ -188,7 +192,7 @@ def change(adapter: Adapter, base: Tensor, multiplier: float = 1.0) -> Tensor:
     Raises:
         ModelError: if the shapes do not fit, or the algorithm is not computed here.
     """
-    with _fitting(adapter):
+    with fitting(adapter):
         return _change(adapter, base.float(), multiplier)
 
 
@@ -295,7 +299,7 @@ def without_mid(adapter: Adapter) -> Adapter:
     if MID not in adapter.factors:
         return adapter
     factors = {name: tensor for name, tensor in adapter.factors.items() if name != MID}
-    with _fitting(adapter):
+    with fitting(adapter):
         _joined_down(_without_numbers(adapter).factors)
         factors[DOWN] = _joined_down({name: tensor.float() for name, tensor in adapter.factors.items()})
     return replace(adapter, factors=factors)
