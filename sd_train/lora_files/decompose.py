@@ -82,10 +82,10 @@ def decompose(place: Place, change: Tensor, rule: RankRule, clamp_quantile: floa
 def resize(adapter: Adapter, rule: RankRule, device: torch.device) -> Decomposition:
     """The factors of a plain LoRA module at another rank; alpha / rank stays (sd-scripts' resize_lora).
 
+    The singular values are those of up @ down, without alpha / rank, as there.
+
     Raises:
         ModelError: if the factors do not fit one another.
-
-    The singular values are those of up @ down, without alpha / rank, as there.
     """
     plain = without_mid(adapter)
     up, down = (plain.factors[name].float().to(device) for name in (UP, DOWN))
