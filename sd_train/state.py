@@ -197,7 +197,7 @@ def order_of(path: Path) -> tuple[int, float, int]:
     The clock may have been put back; states of earlier versions have nothing else. Zeros: the manifest cannot be read.
     """
     try:
-        facts = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        facts = _read_facts(path)
         return int(facts.get("save", 0)), float(facts["saved_at"]), int(facts["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return 0, 0.0, 0
@@ -209,6 +209,15 @@ def state_bytes(parts: StateParts) -> int:
     return sum(tensor.nbytes for table in tables for tensor in table.values())
 
 
+def _read_facts(path: Path) -> Any:
+    """What the manifest of the state at `path` says, unchecked."""
+    file = path / MANIFEST
+    if not file.is_file():
+        # A pipe would be waited for.
+        raise FileNotFoundError(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the state at `path`, after every file was checked against it.
 
@@ -216,7 +225,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         DataError: if the state is unsealed, of another format, cannot be read, or a file differs.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = _read_facts(path)
         version = int(manifest["format"])
         _ = int(manifest["step"]), float(manifest["saved_at"]), str(manifest["base_model"])
         files = {path / name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}

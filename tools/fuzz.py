@@ -1,8 +1,8 @@
 """Files that want in: safetensors with lying headers, states, metadata and prompts with anything in them, by the seed.
 
-`python tools/fuzz.py --count 20000 --seed 1` reads so many of each kind as model, LoRA, embedding, cache and state and
-as a model's configuration. It prints how many were refused in words and how many were harmless. Anything else, a
-traceback or a hang, ends it with the seed and the number that bring it back; `tests/test_no_way_in.py` runs the same
+`python tools/fuzz.py --count 20000 --seed 1` reads so many of each kind as model, LoRA, embedding, cache and state, and
+as a model's configuration, and prints how many were refused in words and how many were harmless. Anything else, a
+traceback or a hang, ends it with the seed and the number that bring it back. `tests/test_no_way_in.py` runs the same
 for a moment.
 """
 
@@ -119,10 +119,12 @@ def _renamed(rng: random.Random, header: Header, body: bytes) -> bytes:
 def _metadata(rng: random.Random, header: Header, body: bytes) -> bytes:
     known = ["ss_output_name", "ss_network_args", "ss_network_dim", "ss_base_model_version", "modelspec.architecture",
              "ss_token_string", "shared", "layout", "format", "lora_adapter_metadata", "sd_train_alphas", "digest",
-             "modelspec.title", "modelspec.prediction_type", "ss_xti", "ss_num_vectors_per_token"]  # fmt: skip
+             "modelspec.title", "modelspec.prediction_type", "ss_xti", "ss_num_vectors_per_token",
+             "sd_train.config"]  # fmt: skip
     values = (
         *HOSTILE_TEXTS, *HOSTILE_NUMBERS, "{", "[" * 100_000, '{"a": ' * 30_000, "NaN", '{"lora_alpha": "x"}', "[[1]]",
-        '{"x": "y"}', '{"lora_alpha": NaN, "alpha_pattern": {"(": 1}}', '{"lora_alpha": 1, "alpha_pattern": 3}',
+        '{"x": "y"}', '{"unet": {"in_channels": 4}}',
+        '{"lora_alpha": NaN, "alpha_pattern": {"(": 1}}', '{"lora_alpha": 1, "alpha_pattern": 3}',
     )  # fmt: skip
     table: Any = {rng.choice((*known, *HOSTILE_TEXTS)): rng.choice(values) for _ in range(rng.randrange(1, 8))}
     header["__metadata__"] = rng.choice((table, table, table, table, rng.choice(HOSTILE_NUMBERS)))
@@ -272,37 +274,61 @@ READERS: Mapping[str, Read] = {
 
 
 def configs(count: int, seed: int, folder: Path) -> Counter[str]:
-    """How a model in diffusers' folder, made in `folder`, is read with `count` configurations that say anything.
+    """How a model, made in `folder`, is read with `count` configurations that say anything.
+
+    One after another in diffusers' folder, and what a single file notes of them in its metadata.
 
     Raises:
         AssertionError: at the first that is neither refused nor harmless.
     """
     from sd_train.demo.tiny_model import make_tiny_parts
-    from sd_train.families.parts import ModelRequest
-    from sd_train.families.registry import load_family
+    from sd_train.families.parts import CONFIG_ENTRY, TOLD_BY_NOTHING
     from sd_train.families.saving import save_model
 
     model = folder / "model"
     save_model(model, make_tiny_parts("sd1", 0), "diffusers_safetensors")
     files = [model / "scheduler" / "scheduler_config.json"]
     files += [model / part / "config.json" for part in ("unet", "vae", "text_encoder")]
+    single = folder / "model.safetensors"
+    parts = make_tiny_parts("sd1", 0)
+    save_model(single, parts, "safetensors")
+    header, body = split(single.read_bytes())
+    noted: Header = {"scheduler": parts.scheduler}
+    for role, part in parts.parts.items():
+        fields = TOLD_BY_NOTHING["text" if role == "text_encoder" else role]
+        noted[role] = {name: part.config[name] for name in fields if name in part.config}
     found: Counter[str] = Counter()
     for number in range(count):
-        file = files[number % len(files)]
+        rng = random.Random(f"{seed} {number}")
+        if number % (len(files) + 1) == len(files):
+            changed = json.dumps(hostile_json(noted, rng))
+            header["__metadata__"][CONFIG_ENTRY] = changed
+            single.write_bytes(joined(header, body))
+            _read_config(single, changed, number, found)
+            continue
+        file = files[number % (len(files) + 1)]
         whole = file.read_text(encoding="utf-8")
-        changed = json.dumps(hostile_json(json.loads(whole), random.Random(f"{seed} {number}")))
+        changed = json.dumps(hostile_json(json.loads(whole), rng))
         file.write_text(changed, encoding="utf-8")
-        try:
-            load_family(ModelRequest(str(model), allow_network=False))
-        except UserError:
-            found["refused"] += 1
-        except Exception as problem:
-            said = f"{file.parent.name} {number}: {type(problem).__name__}: {problem}"
-            raise AssertionError(f"{said}\n{changed[:2000]}") from problem
-        else:
-            found["harmless"] += 1
+        _read_config(model, changed, number, found)
         file.write_text(whole, encoding="utf-8")
     return found
+
+
+def _read_config(model: Path, changed: str, number: int, found: Counter[str]) -> None:
+    """Load `model`, of which one configuration is `changed`, and count how that ends."""
+    from sd_train.families.parts import ModelRequest
+    from sd_train.families.registry import load_family
+
+    try:
+        load_family(ModelRequest(str(model), allow_network=False))
+    except UserError:
+        found["refused"] += 1
+    except Exception as problem:
+        said = f"{model.name} {number}: {type(problem).__name__}: {problem}"
+        raise AssertionError(f"{said}\n{changed[:2000]}") from problem
+    else:
+        found["harmless"] += 1
 
 
 def sample_files(folder: Path) -> dict[str, bytes]:

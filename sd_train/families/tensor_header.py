@@ -14,6 +14,8 @@ _LONGEST = 100_000_000
 """Bytes of JSON; the format's own limit."""
 _LARGEST = 2**63 - 1
 """What torch can count."""
+_MOST_DIMENSIONS = 8
+"""Of a tensor; no network has more than four, and the product of a thousand numbers takes long."""
 
 
 class BadHeader(ValueError):
@@ -89,7 +91,7 @@ def _metadata(value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         raise BadHeader("its metadata are no table")
     # What other programs write as numbers is read as text, as they mean it.
-    return {key: _sound(str(text)) for key, text in value.items()}
+    return {_sound(key): _sound(str(text)) for key, text in value.items()}
 
 
 def _sound(text: str) -> str:
@@ -104,7 +106,7 @@ def _entry(name: str, value: object, sizes: Mapping[str, int], start: int, room:
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in sizes:
         raise BadHeader(f"unknown dtype {str(dtype)[:40]!r}")
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+    if not _are_counts(shape, _MOST_DIMENSIONS) or not _are_counts(offsets, 2) or len(offsets) != 2:
         raise BadHeader(f"{name!r} has no place or shape that can be")
     first, last = offsets
     if last - first != math.prod(shape) * sizes[dtype]:
@@ -114,9 +116,11 @@ def _entry(name: str, value: object, sizes: Mapping[str, int], start: int, room:
     return Entry(dtype, tuple(shape), start + first)
 
 
-def _are_counts(value: object) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of whole numbers from 0 on; a bool is none."""
-    return isinstance(value, list) and all(type(number) is int and 0 <= number <= _LARGEST for number in value)
+def _are_counts(value: object, most: int) -> TypeGuard[list[int]]:
+    """Whether `value` is a list of at most `most` whole numbers from 0 on; a bool is none."""
+    if not isinstance(value, list) or len(value) > most:
+        return False
+    return all(type(number) is int and 0 <= number <= _LARGEST for number in value)
 
 
 def _check_apart(entries: Mapping[str, Entry], sizes: Mapping[str, int]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -16,15 +16,12 @@ from sd_train.errors import ModelError
 from sd_train.families.pickles import read_pickled_tensors
 from sd_train.families.sources import DTYPES, DictSource, SafetensorsSource, TensorSource
 from sd_train.lora_files.adapter import DOWN, FACTORS, MAGNITUDE, UP, Adapter, Kind, kind_of
-from sd_train.lora_files.names import Place, diffusers_name, find_place
+from sd_train.lora_files.alphas import PEFT_METADATA, ToldAlphas
+from sd_train.lora_files.names import Place, find_place
 
 Format = Literal["kohya", "peft", "diffusers"]
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-PEFT_METADATA = "lora_adapter_metadata"
-ALPHAS = "sd_train_alphas"
-"""Metadata of our diffusers files: the alphas that are multiplied into the weights, as JSON by module."""
 
 _SUFFIXES: tuple[tuple[str, str, Format], ...] = (
     *((f".{name}", name, "kohya") for name in sorted(FACTORS - {"weight"}, key=len, reverse=True)),
@@ -54,7 +51,6 @@ _VERSIONS = (
 """Beginnings of `ss_base_model_version` and `modelspec.architecture`."""
 
 
-_REPEATED, _REPEATED_GROUP = re.compile(r"[*+?{]"), re.compile(r"\)[*+?{]")
 _OF_SDXL = re.compile(r"transformer_blocks[._][1-9]|^lora_te1_|^lora_unet_(input|middle|output)_block")
 """In keys of no other family."""
 
@@ -101,7 +97,7 @@ class LoraFile:
             shape = tuple(factors[DOWN].shape)
             raise ModelError(f"{self.origin}: {self.keys[place][DOWN]} is no matrix ({shape}); download the file again")
         if kind == "lora" and alpha is None:
-            alpha, folded = self._told_alpha(place, factors[DOWN].shape[0])
+            alpha, folded = self._told.alpha(place, factors[DOWN].shape[0])
             if folded:
                 factors[UP] = (factors[UP].float() * (factors[DOWN].shape[0] / folded)).to(factors[UP].dtype)
         if MAGNITUDE in factors and self.keys[place][MAGNITUDE].find("lora_magnitude_vector") > 0:
@@ -112,66 +108,18 @@ class LoraFile:
     def _number(self, key: str) -> float:
         if not all(self.source.shape(key)):
             raise ModelError(f"{self.origin}: {key} holds no number; download the file again")
-        return float(self.source.read(key).flatten()[0])
+        number = float(self.source.read(key).flatten()[0])
+        if not math.isfinite(number):
+            raise ModelError(f"{self.origin}: {key} is {number}, and no alpha is; download the file again")
+        return number
+
+    @cached_property
+    def _told(self) -> ToldAlphas:
+        return ToldAlphas.of(self.metadata, self.origin)
 
     def adapters(self) -> Iterator[Adapter]:
         """Every module's factors, one at a time."""
         return map(self.adapter, self.places())
-
-    def _told_alpha(self, place: Place, rank: int) -> tuple[float | None, float | None]:
-        """The alpha that metadata gives and, where it is multiplied into the weights, the same again."""
-        try:
-            return self._written_alpha(place, rank)
-        except (ValueError, TypeError, AttributeError, OverflowError):
-            raise ModelError(
-                f"{self.origin}: its metadata give {place.role}.{place.path} an alpha that is no number; download the "
-                "file again"
-            ) from None
-
-    def _written_alpha(self, place: Place, rank: int) -> tuple[float | None, float | None]:
-        kept = json_table(self.metadata, ALPHAS).get(diffusers_name(place))
-        if kept:
-            return float(kept), float(kept)
-        config = json_table(self.metadata, PEFT_METADATA)
-        own = {
-            name.removeprefix(f"{place.role}."): value
-            for name, value in config.items()
-            if name.startswith(f"{place.role}.")
-        } or ({} if any(name.startswith(("unet.", "text_encoder")) for name in config) else config)
-        if "lora_alpha" not in own:
-            return None, None
-        alpha = float(_pattern(own.get("alpha_pattern"), place.path, self.origin) or own["lora_alpha"])
-        # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root.
-        return (alpha * math.sqrt(rank) if own.get("use_rslora") else alpha), None
-
-
-def json_table(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    """The table that metadata entry `name` holds as JSON; empty if it holds none."""
-    try:
-        table = json.loads(metadata.get(name, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return table if isinstance(table, dict) else {}
-
-
-def _pattern(patterns: Any, path: str, origin: str) -> float | None:
-    """PEFT's rule: the first pattern that matches the end of the module's path from a dot on.
-
-    Raises:
-        ModelError: if a pattern could be searched for ever: a repeated group, or more than two repetitions.
-    """
-    for pattern, value in (patterns or {}).items():
-        if len(_REPEATED.findall(pattern)) > 2 or _REPEATED_GROUP.search(pattern):
-            raise ModelError(
-                f"{origin}: alpha_pattern {pattern[:80]!r} is too involved to be searched for safely; write out the "
-                "modules' names in its place"
-            )
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return float(value)
-        except re.error:
-            continue
-    return None
 
 
 def open_lora(path: Path, family: str | None = None) -> LoraFile:
