@@ -55,6 +55,7 @@ LAYERS: dict[str, int] = {
     "retention.py": 4,
     "room.py": 4,
     "state.py": 4,
+    "state_choice.py": 4,
     "state_files.py": 4,
     "validate.py": 4,
     "watch.py": 4,

@@ -26,13 +26,13 @@ from sd_train.optim.optimizers import make_optimizer
 from sd_train.state import (
     MANIFEST,
     StateParts,
-    find_state,
     load_state,
     optimizer_state,
     read_manifest,
     read_progress,
     save_state,
 )
+from sd_train.state_choice import find_state
 from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.types import Progress
 from tests.models import assert_equal_tensors, fresh_tiny
