@@ -30,6 +30,7 @@ COMMANDS = {
     "lora": ("sd_train.commands.lora", "check, merge, resize, extract and convert LoRA files"),
     "plan": ("sd_train.commands.plan", "say what a training will do, without loading the model"),
     "doctor": ("sd_train.commands.doctor", "look for everything that is wrong or unusual in a dataset"),
+    "verify_resume": ("sd_train.commands.verify_resume", "prove that a stopped training goes on to the bit, here"),
     "schedule": ("sd_train.commands.schedule", "draw the learning rates of a training"),
     "explain": ("sd_train.commands.explain", "say when an image is shown, with which crop, caption and timestep"),
     "cache": ("sd_train.commands.cache", "inspect, verify or clean the caches on disk"),

@@ -15,14 +15,17 @@ from sd_train.build_caches import fill_caches
 from sd_train.build_network import merge_base
 from sd_train.build_objective import denoise_settings
 from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
+from sd_train.build_preflight import preflight
+from sd_train.build_safety import make_safety, make_watch
 from sd_train.build_trainable import export_of, make_trainable
 from sd_train.build_validation import make_validation
 from sd_train.checkpoint import Checkpoint
-from sd_train.config.dump import changed_options, dump_toml, repeatable
+from sd_train.config.changes import changed_options
+from sd_train.config.dump import dump_toml, repeatable
 from sd_train.config.options import RunConfig
 from sd_train.contact_sheet import show_dataset
 from sd_train.control import Control, forget_orders
-from sd_train.device import Updater
+from sd_train.device import Updater, out_of_memory
 from sd_train.errors import DataError, ImageError, RunError, UserError
 from sd_train.families.base import Family
 from sd_train.families.registry import load_family
@@ -35,19 +38,21 @@ from sd_train.optim.ema import Ema
 from sd_train.optim.inference import InferenceWeights
 from sd_train.optim.optimizers import find_optimizer, make_optimizer
 from sd_train.optim.schedules import ScheduleOptions, make_schedule
-from sd_train.plan import Prepared, plan_fingerprint, prepare
+from sd_train.plan import Prepared, prepare
 from sd_train.plan_data import draw_function, draw_settings, model_request, text_options, written_folders
 from sd_train.plan_network import told_numbers
 from sd_train.plan_optimizer import eight_bit_state
 from sd_train.plan_outputs import save_rules
-from sd_train.plan_report import describe, disk_warnings
+from sd_train.plan_report import describe, disk_warnings, sizes
 from sd_train.plan_warnings import plan_warnings
 from sd_train.preview import Preview
 from sd_train.report import Report, say_line, warn_line
+from sd_train.splitting import Splitting
 from sd_train.state import Extra, StateParts, load_state
 from sd_train.trainables.average import AverageWeights
 from sd_train.trainables.base import ParamGroup, Trainable
 from sd_train.uploads import Uploader
+from sd_train.watch import LAG
 
 
 def quiet_libraries() -> None:
@@ -61,8 +66,10 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, until: int | None = None) -> int:
     """Train as `config` says; the process's exit code.
+
+    `until`: the update after which it stops, as if it had been asked to.
 
     Raises:
         UserError: with the way out.
@@ -81,14 +88,14 @@ def run(config: RunConfig) -> int:
     quiet_libraries()
     _probe_folders(prepared)
     try:
-        return _train(prepared, say, warn)
+        return _train(prepared, say, warn, until)
     except ImageError as problem:
         raise ImageError(
             f"{problem}. All such files are found by `sd-train doctor` or --verify_images; --skip_broken_images leaves "
             "them out"
         ) from None
     except (RuntimeError, MemoryError) as problem:
-        if not _out_of_memory(problem):
+        if not out_of_memory(problem):
             raise
         reason = str(problem).splitlines()[0]
         raise RunError(
@@ -111,13 +118,6 @@ def _probe_folders(prepared: Prepared) -> None:
     # All must also have looked at the output folder before the first one writes there.
     if prepared.device.any(refused is not None):
         raise refused or RunError("the first process cannot write its files; mend what it says")
-
-
-def _out_of_memory(problem: BaseException) -> bool:
-    """Only CUDA has an error of its own for it; the CPU's and Apple's are plain ones."""
-    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(problem) for words in ("can't allocate memory", "out of memory"))
 
 
 def _silent(text: str) -> None:
@@ -160,7 +160,9 @@ def _install(prepared: Prepared, family: Family, trainable: Trainable) -> None:
                 family.checkpoint_gradients(role)
 
 
-def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str], None]) -> int:
+def _train(
+    prepared: Prepared, say: Callable[[str], None], warn: Callable[[str], None], until: int | None
+) -> int:
     config, device, progress, plan = prepared.config, prepared.device, prepared.progress, prepared.plan
     schedule = make_schedule(ScheduleOptions.of(config.optimizer, plan.rates), plan.total_steps)
     trainable = make_trainable(prepared)
@@ -181,14 +183,15 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
         f"model: {config.model.pretrained_model_name_or_path} ({family.base_version}, predicts {predicts}); "
         f"{trainable.describe()}"
     )
-    if (state := eight_bit_state(config, [parameter.numel() for group in params for parameter in group])) is not None:
+    sizes = [parameter.numel() for group in params for parameter in group]
+    if (state := eight_bit_state(config, sizes)) is not None:
         say(state)
     assert family.latent is not None
     prepared.updates.draw = draw_function(draw_settings(config, progress.seed), family.latent)
     text = dump_toml(repeatable(config, progress.seed))
     report = make_report(prepared, text)
     uploader = make_uploader(prepared, report.message)
-    extras: dict[str, Extra] = {"report": (report.state, report.load)}
+    extras: dict[str, Extra] = {"report": (report.state, report.load), "updater": (updater.state, updater.load)}
     if updater.scaler is not None:
         extras["scaler"] = (updater.scaler.state, updater.scaler.load)
     ema = _make_ema(prepared, trainable)
@@ -197,21 +200,15 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
     objective = Denoise(family, trainable, device, denoise_settings(config))
     if objective.importance is not None:
         extras["importance"] = (objective.importance.state, objective.importance.load)
+    watch = make_watch(prepared, sum(sizes), say)
+    report.held_back = 0 if watch.at_once else LAG
+    if watch.spike_factor is not None:
+        extras["watch"] = (watch.state, watch.load)
     parts = StateParts(trainable, groups, optimizer, extras, text, digest, ema)
     if prepared.resume is not None:
-        resumed = load_state(prepared.resume, parts)
-        progress = resumed.progress
-        say(f"resumed {resumed.path} at step {progress.step} of {plan.total_steps}")
-        for change in changed_options(resumed.config_text, parts.config_text):
-            warn(f"changed since the state was saved: {change}")
-        if ema is not None and not resumed.average:
-            warn("the state holds no moving average: it begins with the weights as they stand")
-        if progress.extra.get("data") != plan_fingerprint(prepared):
-            warn(
-                "the dataset, its settings or the number of processes are not those of the saved state: from "
-                "here on the images come in another order than they would have, the rest goes on as it was"
-            )
-    progress.extra["data"] = plan_fingerprint(prepared)
+        _resume(prepared, prepared.resume, parts, say, warn)
+    elif progress.step:
+        say(f"begins after step {progress.step} of {plan.total_steps}, in epoch {progress.epoch + 1}")
     fill_caches(prepared, family)
     checkpoint = _make_checkpoint(prepared, family, parts, report, uploader)
     validation = make_validation(prepared, family, objective, parts, report, checkpoint)
@@ -219,25 +216,50 @@ def _train(prepared: Prepared, say: Callable[[str], None], warn: Callable[[str],
     if device.is_main:
         if config.saving.overwrite and prepared.resume is None:
             prepared.names.remove_existing()
-        write_text(prepared.names.folder / f"{prepared.names.last}-config.toml", parts.config_text)
+        write_text(prepared.names.config, parts.config_text)
     control = _make_control(prepared, report)
     agree = device.any if device.world > 1 else None
     with uploader or nullcontext(), report, Guard(agree) as guard:
+        checkpoint.stopping = lambda: guard.stop_requested
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
-            report, preview, checkpoint, guard, make_norms(config, groups, report),
-            validation, control,
+            report, preview, checkpoint, guard, make_safety(prepared, watch, parts, updater, report.message),
+            Splitting(report.message if device.is_main else warn_line), make_norms(config, groups, report), validation,
+            control, until=until,
         )  # fmt: skip
-        try:
-            train(training)
-        except (DataError, RuntimeError, MemoryError) as problem:
-            # Both come before an optimizer's step (memory for its state is taken in the first one): the weights are
-            # those of the last whole update.
-            if progress.step and (isinstance(problem, DataError) or _out_of_memory(problem)):
-                checkpoint.interrupted(progress)
-            raise
+        if config.safety.preflight:
+            with report.untimed():
+                preflight(prepared, training, say, warn)
+        _train_on(training)
     device.close()
     return 0
+
+
+def _resume(
+    prepared: Prepared, path: Path, parts: StateParts, say: Callable[[str], None], warn: Callable[[str], None]
+) -> None:
+    """Put the state at `path` back, and say what is different now."""
+    progress, accepted = prepared.progress, prepared.config.saving.resume_anyway
+    if not prepared.start.goes_on:
+        # The running mean of the losses is of another place in the epoch.
+        parts = replace(parts, extras={name: extra for name, extra in parts.extras.items() if name != "report"})
+    resumed = load_state(path, parts, accepted)
+    say(f"resumed {resumed.path} at step {progress.step} of {prepared.plan.total_steps}")
+    for change in changed_options(resumed.config_text, parts.config_text):
+        warn(f"changed since the state was saved: {change}")
+    if parts.ema is not None and not resumed.average:
+        warn("the state holds no moving average: it begins with the weights as they stand")
+
+
+def _train_on(training: Training) -> None:
+    """Train; what ends it between two updates leaves a state behind."""
+    try:
+        train(training)
+    except (DataError, RuntimeError, MemoryError) as problem:
+        if isinstance(problem, DataError) or out_of_memory(problem):
+            training.updater.drop()
+            training.safety.keep(training.progress, training.whole, training.checkpoint.interrupted)
+        raise
 
 
 def _groups(prepared: Prepared, trainable: Trainable) -> list[ParamGroup]:
@@ -274,6 +296,9 @@ def _make_checkpoint(
         export_of(prepared, family),
         None if uploader is None else uploader.saved,
         retention,
+        share=prepared.device.shared if prepared.device.world > 1 else None,
+        on_disk_full=config.saving.on_disk_full,
+        model_bytes=sizes(prepared)[1] or 0,
     )
 
 

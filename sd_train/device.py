@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -77,6 +78,14 @@ class Device:
         distributed.broadcast_object_list(said, src=0)
         return said[0]
 
+    def gather(self, own: Sequence[str]) -> list[str]:
+        """What every rank has, in their order; waits for all of them."""
+        if self.world == 1:
+            return [*own]
+        said: list[Any] = [None] * self.world
+        distributed.all_gather_object(said, [*own])
+        return [text for texts in said for text in texts]
+
     def close(self) -> None:
         """Leave the group of ranks."""
         if self.world > 1 and distributed.is_initialized():
@@ -86,6 +95,21 @@ class Device:
         """Wait for all ranks."""
         if self.world > 1:
             distributed.barrier()
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Only CUDA has an error of its own for it; the CPU's and Apple's are plain ones."""
+    if isinstance(problem, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+    return any(words in str(problem) for words in said)
+
+
+def free_memory() -> None:
+    """Give back what nothing uses any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def open_device(precision: Precision) -> Device:
@@ -105,9 +129,28 @@ def open_device(precision: Precision) -> Device:
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
-    if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:
+        join_ranks()
     return Device(device, precision, rank, world)
+
+
+def join_ranks(meeting: str | None = None) -> None:
+    """Make the group of the ranks that the launcher started, if there is none; waits for all of them.
+
+    `meeting`: where they meet, as torch's `init_method`; None: the launcher's own store, which only the first group of
+    a process can be made through.
+    """
+    if distributed.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if meeting is None:
+        distributed.init_process_group(backend)
+    else:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
 
 
 @dataclass
@@ -155,6 +198,12 @@ class Updater:
         self.skipped = 0
         self._steps = 0
 
+    def renew(self) -> None:
+        """Let every group learn again, as before the first `set_rates`."""
+        for parameter in (parameter for group in self.groups for parameter in group):
+            parameter.requires_grad_(True)
+        self.params = [parameter for group in self.groups for parameter in group]
+
     def set_rates(self, rates: Sequence[float], active: Sequence[bool]) -> None:
         """Set the learning rate of each group, in order; one that is not `active` any more is left alone for good."""
         for group, rate in zip(self.optimizer.param_groups, rates, strict=bool(self.groups)):
@@ -174,13 +223,22 @@ class Updater:
         return {} if chosen else rates
 
     def figures(self) -> dict[str, float | Tensor]:
-        """What is worth logging: the step size that the optimizer estimated; with fp16 the scale of the gradients, and
-        how many updates of this run were skipped because they overflowed."""
+        """What is worth logging: the step size that the optimizer estimated; how many updates were skipped, with fp16
+        because they overflowed; and with fp16 the scale of the gradients."""
         figures = rate_figures(self.optimizer)
         if self.scaler is not None:
             figures["grad_scale"] = self.scaler.scale
+        if self.scaler is not None or self.skipped:
             figures["skipped_updates"] = self.skipped
         return figures
+
+    def state(self) -> dict[str, int]:
+        """What its figures need to go on after a resume."""
+        return {"skipped": self.skipped}
+
+    def load(self, state: Mapping[str, int]) -> None:
+        """Go on from `state`."""
+        self.skipped = int(state["skipped"])
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a scalar; there are none where dropout left every module out of the batch."""
@@ -190,9 +248,15 @@ class Updater:
         torch.autograd.backward(scaled)
 
     def step(self, look: Callable[[], None] | None = None) -> Tensor:
-        """Take one optimizer step; returns the gradients' norm before clipping, on the device.
+        """Take one optimizer step; returns the gradients' norm before clipping, on the device. See `reduce`."""
+        norm = self.reduce(look)
+        self.apply(norm)
+        return norm
 
-        `look` is called when the gradients are those of the whole update and not yet clipped.
+    def reduce(self, look: Callable[[], None] | None = None) -> Tensor:
+        """Make the gradients those of the whole update; returns their norm, on the device.
+
+        `look` is called when they are, and not yet clipped.
         """
         gradients = [gradient_of(parameter) for parameter in self.params]
         if self.device.world > 1:
@@ -203,7 +267,16 @@ class Updater:
             torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
         if look is not None:
             look()
-        norm = nn.utils.get_total_norm(gradients, foreach=True if self.device.device.type != "mps" else None)
+        return nn.utils.get_total_norm(gradients, foreach=True if self.device.device.type != "mps" else None)
+
+    def suspicious(self, norm: Tensor) -> Tensor:
+        """`norm`, or 0 where the scale of fp16's gradients takes care of those that overflow."""
+        return norm if self.scaler is None or self.scaler.scale <= 1.0 else torch.zeros_like(norm)
+
+    def apply(self, norm: Tensor) -> None:
+        """Take the optimizer's step by the gradients, whose `norm` `reduce` gave."""
+        if not self.params:
+            return
         # In fp16 an overflow must be known before the step, which is the only wait of the host inside an update.
         finite = self.scaler is None or bool(torch.isfinite(norm))
         if finite:
@@ -218,7 +291,10 @@ class Updater:
         self._steps += 1
         if self.device.world > 1 and self._steps % COMPARE_RANKS_EVERY == 0:
             compare_ranks(self.params)
-        return norm
+
+    def drop(self) -> None:
+        """Leave the gradients without a step."""
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
@@ -235,12 +311,14 @@ def compare_ranks(params: Sequence[nn.Parameter]) -> None:
         RunError: if not.
     """
     total = torch.stack([parameter.detach().double().sum() for parameter in params]).sum()
+    # Where all hold what is no number, they have not drifted apart: whoever watches the losses says more of it.
+    total = torch.stack([total.nan_to_num(0.0, 0.0, 0.0), total.isfinite().double()])
     lowest, highest = total.clone(), total.clone()
     distributed.all_reduce(lowest, distributed.ReduceOp.MIN)
     distributed.all_reduce(highest, distributed.ReduceOp.MAX)
     if not torch.equal(lowest, highest):
         raise RunError(
-            f"the processes' weights have drifted apart (sums {float(lowest)!r} to {float(highest)!r}); "
+            f"the processes' weights have drifted apart (sums {float(lowest[0])!r} to {float(highest[0])!r}); "
             "use the same software and the same kind of device in all of them, and go back to the last save"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import signal
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sd_train.errors import UserError
+from sd_train.terminal import plain_streams
 
 if TYPE_CHECKING:
     from sd_train.config.options import RunConfig
@@ -18,24 +18,21 @@ if TYPE_CHECKING:
 
 def guarded(action: Callable[[], int]) -> int:
     """Run `action`; its exit code, or that of the error it ended in (130 after a second Ctrl-C)."""
-    for stream in (sys.stdout, sys.stderr):
-        # Captions and file names may hold what a console or a log file cannot; that is no reason to stop.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        return action()
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return problem.exit_code
-    except BrokenPipeError:
-        # Whoever read our output (head, a pager) has gone; the interpreter's own flush at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        # What is left is the interpreter's own end, which one more Ctrl-C would turn into a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("stopped", file=sys.stderr)
-        return 130
+    with plain_streams():
+        try:
+            return action()
+        except UserError as problem:
+            print(f"error: {problem}", file=sys.stderr)
+            return problem.exit_code
+        except BrokenPipeError:
+            # Whoever read our output (head, a pager) has gone; the interpreter's own flush at exit must not complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except KeyboardInterrupt:
+            # What is left is the interpreter's own end, which one more Ctrl-C would turn into a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            print("stopped", file=sys.stderr)
+            return 130
 
 
 def train_command(command: str, argv: Sequence[str]) -> int:

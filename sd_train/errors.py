@@ -48,6 +48,15 @@ class RunError(UserError):
     exit_code: ClassVar[int] = 4
 
 
+class DiskError(RunError):
+    """A file could not be written."""
+
+    def __init__(self, *problems: str, full: bool = False) -> None:
+        """`full`: whether room is all that lacks."""
+        super().__init__(*problems)
+        self.full = full
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong: where it stands, the value, the rule it breaks and the way out."""

@@ -1,21 +1,32 @@
-"""Files appear complete or not at all: temporary name, fsync, rename."""
+"""Files appear complete or not at all: temporary name, fsync, rename.
+
+What a process that was killed leaves behind has names that no other program gives: `.NAME.PID-HOST.tmp`, unfinished,
+and for the moment between two renames `.NAME.PID-HOST.old`, whole. `tidy` puts that right.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import json
 import os
+import platform
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sd_train.errors import RunError
+from sd_train.errors import DiskError, RunError
 
-if TYPE_CHECKING:
-    from torch import Tensor
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LEFT = re.compile(r"\.(.+)\.(\d+)(?:-([0-9a-f]{6}))?\.(tmp|old)")
+_HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
+"""Tells machines and containers that write into the same folder apart."""
+_STALE_SECONDS = 3600.0
+"""Nothing is written for so long by another machine's process: it is gone."""
 
 
 def _sync_folder(folder: Path) -> None:
@@ -49,7 +60,8 @@ def _make_folder(path: Path, option: str = "--output_dir") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise RunError(f"{path}: cannot be made ({problem}); choose another {option}") from None
+        way_out = f"choose another {option}"
+        raise DiskError(f"{path}: cannot be made ({problem}); {way_out}", full=problem.errno in _FULL) from None
 
 
 def probe_folder(folder: Path, option: str) -> None:
@@ -82,10 +94,10 @@ def write_whole(path: Path, write: Callable[[Path], None], option: str = "--outp
     """Let `write` fill a temporary file beside `path`, then move it there in one step.
 
     Raises:
-        RunError: if the disk refuses; nothing half-written stays behind. It advises another `option`.
+        DiskError: if the disk refuses; nothing half-written stays behind. It advises another `option`.
     """
     _make_folder(path.parent, option)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path, "tmp")
     try:
         write(temporary)
         _share(temporary)
@@ -93,7 +105,7 @@ def write_whole(path: Path, write: Callable[[Path], None], option: str = "--outp
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as problem:
-        raise RunError(f"{path}: cannot be written ({problem}); free space or choose another {option}") from None
+        raise _refused(path, problem, option) from None
     finally:
         # A name that is too long cannot even be looked for; that must not hide why the file was not written.
         with contextlib.suppress(OSError):
@@ -109,76 +121,16 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, write)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all; tensors may be views and on any device."""
-    write_whole(path, lambda temporary: put_tensors(temporary, tensors, metadata))
-
-
-def put_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file directly, for use inside `write_whole` and `write_folder`.
-
-    Raises:
-        OSError: if the disk refuses.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path, dict(metadata) if metadata else None)
-        _sort_metadata(path)
-    except SafetensorError as problem:
-        # The library has its own error for a full disk.
-        raise OSError(str(problem)) from None
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file into order in place: the library leaves it to chance.
-
-    So the same content gives the same bytes (https://reproducible-builds.org).
-    """
-    with path.open("rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        if "__metadata__" not in header:
-            return
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        # Both write JSON as short as it can be; should they ever differ, the file stays as it is.
-        if len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))
-
-
-def write_network(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a LoRA-like network with the two hashes that web UIs look it up by.
-
-    `sshs_model_hash` is SHA-256 of the tensors' bytes as they stand in the file, `sshs_legacy_hash` the first 8 digits
-    of SHA-256 of 64 KiB at 1 MiB of a file that carries the `ss_*` entries alone (sd-scripts' definitions).
-    """
-    from safetensors.torch import save
-
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    hashed = save(plain, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    start = 8 + int.from_bytes(hashed[:8], "little")
-    hashes = {
-        "sshs_model_hash": hashlib.sha256(memoryview(hashed)[start:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(hashed[0x100000:0x110000]).hexdigest()[:8],
-    }
-    write_tensors(path, plain, {**metadata, **hashes})
-
-
 def write_folder(path: Path, fill: Callable[[Path], None], option: str = "--output_dir") -> None:
     """Let `fill` write files and folders into a temporary folder beside `path`, then move it there.
 
     An old `path` goes last.
 
     Raises:
-        RunError: if the disk refuses; an old `path` is then still whole. It advises another `option`.
+        DiskError: if the disk refuses; an old `path` is then still whole. It advises another `option`.
     """
     _make_folder(path.parent, option)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary, old = _beside(path, "tmp"), _beside(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
@@ -195,27 +147,126 @@ def write_folder(path: Path, fill: Callable[[Path], None], option: str = "--outp
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as problem:
+        raise _refused(path, problem, option) from None
+    finally:
+        # Where the disk refused, or a second Ctrl-C came, between the two renames.
         if os.path.exists(old) and not os.path.exists(path):
             with contextlib.suppress(OSError):
                 os.replace(old, path)
-        raise RunError(f"{path}: cannot be written ({problem}); free space or choose another {option}") from None
-    finally:
         shutil.rmtree(temporary, ignore_errors=True)
         # Where the old folder could not be moved back it is the only one.
         if os.path.exists(path):
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old, temporary)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{_HOST}.{kind}")
+
+
+def temporary_name(path: Path) -> Path:
+    """Where what is to become `path` may be put together: `tidy` takes it away if this process is killed."""
+    return _beside(path, "tmp")
+
+
+def _refused(path: Path, problem: OSError, option: str) -> DiskError:
+    way_out = f"free space or choose another {option}"
+    return DiskError(f"{path}: cannot be written ({problem}); {way_out}", full=problem.errno in _FULL)
+
+
+def _discard(old: Path, temporary: Path) -> None:
+    """Delete `old`, if it is there; it is called `temporary` before, so that what has the name of one is whole."""
+    with contextlib.suppress(OSError):
+        os.replace(old, temporary)
+        remove(temporary)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that it holds.
+    """Delete a file, or a folder with all that it holds: nobody sees one that is half deleted.
 
     Raises:
         OSError: if the disk refuses.
     """
-    if path.is_dir():
-        shutil.rmtree(path)
+    if path.is_dir() and not path.is_symlink():
+        hidden = path if _LEFT.fullmatch(path.name) else _beside(path, "tmp")
+        if hidden != path:
+            os.replace(path, hidden)
+        shutil.rmtree(hidden)
     else:
         path.unlink()
+
+
+@dataclass(frozen=True)
+class Tidied:
+    """What `tidy` found of runs that were killed."""
+
+    put_back: tuple[Path, ...] = ()
+    """Files and folders that were about to be replaced, and are there again."""
+    removed: tuple[Path, ...] = ()
+    """Unfinished ones."""
+
+
+def tidy(folder: Path, is_ours: Callable[[str], bool]) -> Tidied:
+    """Put right what processes that are gone left in `folder`, of files whose name `is_ours`.
+
+    What the disk refuses stays as it is: it is in nobody's way.
+    """
+    left: dict[str, list[tuple[Path, str]]] = {"old": [], "tmp": []}
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not (found := _LEFT.fullmatch(entry.name)) or not is_ours(found[1]):
+            continue
+        # An old one whose place is empty is put back wherever it comes from: it is whole.
+        missing = found[4] == "old" and not os.path.exists(folder / found[1])
+        if missing or _is_gone(int(found[2]), found[3] or _HOST, entry):
+            left[found[4]].append((entry, found[1]))
+    put_back, removed = list[Path](), list[Path]()
+    for old, name in left["old"]:
+        if not os.path.exists(folder / name):
+            # An old one is whole at any time; whether the one that was to take its place is, nothing tells.
+            with contextlib.suppress(OSError):
+                os.replace(old, folder / name)
+                put_back.append(folder / name)
+    for temporary, _ in left["tmp"]:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+            removed.append(temporary)
+    for old, _ in left["old"]:
+        if os.path.exists(old):
+            _discard(old, old.with_suffix(".tmp"))
+            removed.append(old)
+    return Tidied(tuple(put_back), tuple(removed))
+
+
+def _is_gone(process: int, host: str, entry: Path) -> bool:
+    """Whether no process has this number, or only this one: in containers they all have the same.
+
+    Of another machine's processes nothing is known but when they last wrote to `entry`.
+    """
+    import psutil
+
+    if host != _HOST:
+        with contextlib.suppress(OSError):
+            written = max(each.stat().st_mtime for each in (entry, *entry.rglob("*")))
+            return time.time() - written > _STALE_SECONDS
+        return False
+    return process == os.getpid() or not psutil.pid_exists(process)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder.
+
+    Raises:
+        OSError: if they cannot be looked at.
+    """
+    files = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def free_bytes(folder: Path) -> int | None:
+    """What is free where `folder` is or will be; None where the system does not tell."""
+    try:
+        return shutil.disk_usage(nearest_folder(folder)).free
+    except OSError:
+        return None
 
 
 def sha256(path: Path, offset: int = 0) -> str:

@@ -1,4 +1,4 @@
-"""Stopping in good order: the first Ctrl-C (or SIGTERM) ends the run after the running update, the second at once."""
+"""Stopping in good order: Ctrl-C or SIGTERM ends the run after the running update, a second Ctrl-C at once."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Guard:
         self._agree = agree
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
         self.stop_requested = False
+        self._interrupted = False
+        """By Ctrl-C."""
 
     def __enter__(self) -> Guard:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -44,8 +46,12 @@ class Guard:
         return step % ASK_OTHERS_EVERY == 0 and self._agree(self.stop_requested)
 
     def _noted(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested:
+        # Launchers send SIGTERM after a Ctrl-C that their processes have seen themselves: nobody is in a hurry then.
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        if self.stop_requested:
+            return
         self.stop_requested = True
         # Straight to the terminal: a signal may come in the middle of a print, and a second print would then raise.
         with suppress(OSError):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sd_train.errors import RunError
-from sd_train.files import remove
+from sd_train.files import Tidied, remove, tidy
 
 EXTENSIONS = (".safetensors", ".ckpt", ".pt", "")
 """Of models in all forms; the last is that of folders."""
@@ -109,12 +109,30 @@ class FileNames:
         """The state folders among them."""
         return [path for path in self.existing() if path.name.endswith("-state") and path.is_dir()]
 
+    @property
+    def config(self) -> Path:
+        """The resolved options."""
+        return self.folder / f"{self.last}-config.toml"
+
     def pictures(self) -> list[Path]:
         """Sample pictures of an earlier run of this name."""
-        folder = self.folder / "sample"
-        prefix = "" if self.name is None else re.escape(f"{self.name}_")
-        pattern = re.compile(prefix + r"e?\d{6}_\d{2}_\d{14}(?:_\d+)?\.png")
+        folder, pattern = self.folder / "sample", self._of_pictures()
         return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else []
+
+    def _of_pictures(self) -> re.Pattern[str]:
+        prefix = "" if self.name is None else re.escape(f"{self.name}_")
+        return re.compile(prefix + r"e?\d{6}_\d{2}_\d{14}(?:_\d+)?\.png")
+
+    def tidy(self) -> Tidied:
+        """Put right what a run of the same names that was killed left unfinished; other programs' files stay."""
+        every, pictures = [self._pattern(extension) for extension in EXTENSIONS], self._of_pictures()
+
+        def is_ours(name: str) -> bool:
+            return name == self.config.name or any(pattern.fullmatch(name) for pattern in every)
+
+        models = tidy(self.folder, is_ours)
+        drawn = tidy(self.folder / "sample", lambda name: pictures.fullmatch(name) is not None)
+        return Tidied(models.put_back, models.removed + drawn.removed)
 
     def remove_existing(self) -> None:
         """Delete what an earlier run left, so that nothing of it can be taken for this run's.

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
 
 from sd_train.config.options import RunConfig
 from sd_train.config.rates import learning_rates
 from sd_train.data.batches import Updates
 from sd_train.data.index import ImageIndex
-from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.data.settings import DatasetConfig
 from sd_train.device import Device, open_device
 from sd_train.errors import ConfigError, DataError, ModelError, Problem, UserError
 from sd_train.families.parts import ModelKind
@@ -31,11 +26,10 @@ from sd_train.plan_full import check_blocks, refuse_own_source
 from sd_train.plan_network import check_network
 from sd_train.plan_objective import check_objective, check_validation
 from sd_train.plan_outputs import resumed_state, wandb_run
+from sd_train.plan_resume import Start, facts_of, first_progress, starting_point, steps_ahead
 from sd_train.plan_words import check_captions_hold_word, check_word
 from sd_train.prompts import SD_SCRIPTS_DEFAULTS, Prompt, load_prompts
-from sd_train.randomness import derive
 from sd_train.report import warn_line
-from sd_train.state import read_progress
 from sd_train.types import Progress
 
 T = TypeVar("T")
@@ -88,8 +82,9 @@ def make_plan(
     datasets: tuple[DatasetConfig, ...],
     validation: tuple[ImageIndex, ...],
     updates: Updates,
+    progress: Progress,
 ) -> Plan:
-    """Count what the run will do.
+    """Count what the run will do from `progress` on.
 
     Raises:
         UserError: if it would do nothing, or its warm-up does not fit.
@@ -98,6 +93,9 @@ def make_plan(
     total = training.max_train_steps
     if training.max_train_epochs is not None:
         total = updates.updates_before(training.max_train_epochs)
+    ahead = steps_ahead(progress, updates)
+    if training.max_train_epochs is not None:
+        total += ahead
     if total == 0:
         raise DataError(
             f"{datasets[0].origin}: no batch is complete by the end of the training; raise num_repeats or "
@@ -113,40 +111,13 @@ def make_plan(
         updates_per_epoch=updates.updates_in(0),
         varies=not updates.order.constant,
         total_steps=total,
-        epochs=updates.epoch_of(total - 1)[0] + 1,
+        epochs=updates.epoch_of(max(0, total - 1 - ahead))[0] + 1,
         warmup_steps=schedule.warmup_steps,
         rates=rates,
         samples_per_epoch=sum(int(updates.order.counts(number, 0).sum()) for number in range(len(updates.indexes))),
         filled=updates.order.filled_in(0),
         carried=updates.order.carried_after(0),
     )
-
-
-def plan_fingerprint(prepared: Prepared) -> dict[str, object]:
-    """What decides which samples an update holds, beside the seed, as JSON values: a resume compares it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for index in prepared.plan.indexes:
-        facts = [_facts(index.dataset), [_facts(subset) for subset in index.dataset.subsets], index.buckets]
-        digest.update(json.dumps(facts, default=str).encode())
-        texts = (index.keys, index.captions, *(() if index.masks is None else (index.masks,)))
-        for column in (index.repeats, index.bucket_of, index.resized, index.subset_of, index.weights):
-            digest.update(np.ascontiguousarray(column).data)
-        for text in texts:
-            for part in text.encoded():
-                digest.update(b"\0".join(part))
-    settings = prepared.updates.settings
-    if any(index.dataset.bucket_policy == "carry" for index in prepared.plan.indexes):
-        # What is left over is flushed there.
-        digest.update(str(settings.last_epoch).encode())
-    return {"world": settings.world, "accumulation": settings.accumulation, "datasets": digest.hexdigest()}
-
-
-_NO_FACTS = ("subsets", "warnings", "origin", "image_dir", "metadata_file", "conditioning_data_dir")
-"""Where a dataset lies may change."""
-
-
-def _facts(settings: DatasetConfig | SubsetConfig) -> dict[str, object]:
-    return {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in _NO_FACTS}
 
 
 @dataclass(frozen=True)
@@ -157,7 +128,7 @@ class Prepared:
     kind: ModelKind | None
     """Of the base model; `--debug_dataset` also goes without."""
     device: Device
-    progress: Progress
+    start: Start
     resume: Path | None
     names: FileNames
     updates: Updates
@@ -165,6 +136,16 @@ class Prepared:
     prompts: tuple[Prompt, ...]
     notes: tuple[str, ...] = ()
     """What the optimizer makes of options, where that may not be expected."""
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run begins; the loop counts on in it."""
+        return self.start.progress
+
+    @property
+    def ahead(self) -> int:
+        """What the updates of these data's epochs are counted on from, see `steps_ahead`."""
+        return steps_ahead(self.progress, self.updates)
 
 
 def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
@@ -195,6 +176,8 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     prompts = checks(lambda: _prompts(config, kind))
     device = checks(lambda: open_device(config.training.mixed_precision))
     warn = warn_line if device is not None and device.is_main else _silent
+    if trains and not debug and device is not None:
+        _tidy(names, device, warn)
     resume = checks(lambda: resumed_state(config, names, warn))
     checks(lambda: wandb_run(config, _silent))
     refused = bool(config.saving.resume) and resume is None
@@ -203,8 +186,10 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     starts = trains and not config.dataset.debug_dataset and bool(checks(lambda: refuse_own_source(config, names)))
     if starts and not refused and not own_state and not config.saving.overwrite:
         checks(lambda: refuse_existing(names))
-    progress = checks(lambda: _first_progress(config, resume, device)) if device is not None else None
-    read = checks(lambda: read_datasets(config, kind, progress.seed if progress is not None else 0))
+    progress = checks(lambda: first_progress(config, resume, device)) if device is not None else None
+    # A state's own holds where none is given; another one has to be accepted.
+    seed = config.training.seed if config.training.seed is not None else 0 if progress is None else progress.seed
+    read = checks(lambda: read_datasets(config, kind, seed))
     if read is not None:
         checks(lambda: check_caption_cache(config, read[0]))
         checks(lambda: check_captions_hold_word(config, read[1].training))
@@ -215,11 +200,26 @@ def prepare(config: RunConfig, *, trains: bool = True) -> Prepared:
     assert device is not None
     assert progress is not None
     datasets, indexes = read
-    updates = make_updates(config, indexes, progress.seed, device)
-    plan = make_plan(config, kind, datasets, indexes.validation, updates)
-    checks(lambda: _refuse_finished(progress, plan, resume))
-    checks.raise_any()
-    return Prepared(config, kind, device, progress, resume, names, updates, plan, prompts or (), notes)
+    updates = make_updates(config, indexes, seed, device)
+    start = starting_point(config, resume, progress, facts_of(config, kind, updates), updates)
+    plan = make_plan(config, kind, datasets, indexes.validation, updates, start.progress)
+    _refuse_finished(start.progress, plan, config)
+    return Prepared(config, kind, device, start, resume, names, updates, plan, prompts or (), notes)
+
+
+def _tidy(names: FileNames, device: Device, warn: Callable[[str], None]) -> None:
+    """Put right what a killed run left in the output folder; no process looks for states before."""
+    if device.is_main:
+        found = names.tidy()
+        if found.put_back:
+            warn(f"a run that was killed was about to replace {_listed(found.put_back)}: the old one is back")
+        if found.removed:
+            warn(f"removed what a run that was killed left unfinished: {_listed(found.removed)}")
+    device.barrier()
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def _kind_if_known(config: RunConfig) -> ModelKind | None:
@@ -285,23 +285,10 @@ def refuse_existing(names: FileNames) -> None:
         )
 
 
-def _refuse_finished(progress: Progress, plan: Plan, resume: Path | None) -> None:
+def _refuse_finished(progress: Progress, plan: Plan, config: RunConfig) -> None:
     if progress.step >= plan.total_steps:
+        place = f"--resume = {config.saving.resume}" if config.saving.resume else "--initial_step"
         raise ConfigError(
-            f"--resume = {resume}: stands at step {progress.step} and the training ends at {plan.total_steps}; "
+            f"{place}: stands at step {progress.step} and the training ends at {plan.total_steps}; "
             "raise --max_train_steps or --max_train_epochs to go on"
         )
-
-
-def _first_progress(config: RunConfig, resume: Path | None, device: Device) -> Progress:
-    wanted = config.training.seed
-    if resume is not None:
-        progress = read_progress(resume)
-        if wanted is not None and wanted != progress.seed:
-            raise ConfigError(
-                f"--seed = {wanted}: the state at {resume} was trained with {progress.seed}; leave --seed away"
-            )
-        return progress
-    seed = device.shared(random.SystemRandom().randrange(2**32)) if wanted is None else wanted
-    session = derive(seed, "session", config.saving.output_name or "") % 2**32
-    return Progress(seed=seed, session_id=session, started_at=now())

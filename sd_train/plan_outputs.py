@@ -13,7 +13,7 @@ from sd_train.config.output_options import SavingOptions
 from sd_train.names import FileNames
 from sd_train.report_wandb import WandbRun, check_arguments, is_installed, missing_key, read_arguments
 from sd_train.retention import Retention
-from sd_train.state import find_state
+from sd_train.state_choice import find_state
 from sd_train.uploads import HubTarget, download_state
 
 TRACKERS = {

@@ -15,7 +15,7 @@ def epoch_ends(prepared: Prepared, every: int | None) -> dict[int, int]:
     updates, plan = prepared.updates, prepared.plan
     ends: dict[int, int] = {}
     for epoch in multiples(every, 0, plan.epochs):
-        end = updates.updates_before(epoch)
+        end = updates.updates_before(epoch) + prepared.ahead
         if prepared.progress.step < end <= plan.total_steps and updates.updates_in(epoch - 1):
             ends[end] = epoch
     return ends

@@ -57,6 +57,9 @@ class Outputs:
     previews: tuple[int, ...]
     """Updates after which sample pictures are made; 0 is before the first."""
     pictures: int
+    most_models: int
+    """That lie on the disk together; one with its moving average counts once."""
+    most_states: int
     disk_bytes: int | None
     cache_bytes: int
     """At most, of latents and captions in the cache folder, if they are kept there."""
@@ -177,7 +180,7 @@ def outputs(prepared: Prepared) -> Outputs:
     """What the run will write, from where it stands to its end."""
     config, plan, names = prepared.config, prepared.plan, prepared.names
     saving = config.saving
-    weights, size = _sizes(prepared)
+    weights, size = sizes(prepared)
     start, total = prepared.progress.step, plan.total_steps
     ends = epoch_ends(prepared, epoch_interval(saving, plan.epochs))
     saves = []
@@ -195,16 +198,18 @@ def outputs(prepared: Prepared) -> Outputs:
     previews = _previews(prepared) if prepared.prompts else []
     # A state holds the weights and, for most optimizers, two more numbers for each, in float32; and the average.
     averages = int(config.ema.use_ema)
+    models, states = _most_at_once(prepared, saves)
+    models += int(config.validation.save_best)
     disk = None
     if size is not None and weights is not None:
-        models, states = _most_at_once(prepared, saves)
-        files = (models + int(config.validation.save_best)) * (1 + averages)
-        disk = files * size + states * weights * (12 + 4 * averages)
+        disk = models * (1 + averages) * size + states * weights * (12 + 4 * averages)
     cached = caches_latents(config) and config.dataset.cache_latents_to_disk
     return Outputs(
         saves=tuple(saves),
         previews=tuple(previews),
         pictures=len(previews) * len(prepared.prompts),
+        most_models=models,
+        most_states=states,
         disk_bytes=disk,
         cache_bytes=(sum(map(_latent_bytes, plan.indexes)) if cached else 0)
         + _text_bytes(prepared),
@@ -227,7 +232,7 @@ def _most_at_once(prepared: Prepared, saves: Sequence[Save]) -> tuple[int, int]:
     return most[False], most[True]
 
 
-def _sizes(prepared: Prepared) -> tuple[int, int] | tuple[None, None]:
+def sizes(prepared: Prepared) -> tuple[int, int] | tuple[None, None]:
     """Numbers that learn, and bytes of a saved file."""
     config, rates = prepared.config, prepared.plan.rates
     # `--debug_dataset` reads no model.
@@ -283,8 +288,10 @@ def describe_outputs(prepared: Prepared) -> str:
     lines = [f"saves: {files} in {prepared.config.saving.output_dir}"]
     if prepared.resume is not None:
         lines.insert(0, f"goes on after update {prepared.progress.step}, from {prepared.resume}")
+    elif prepared.progress.step:
+        lines.insert(0, f"begins after update {prepared.progress.step}")
     for save in (*written.saves[:6], *written.saves[-1:]) if len(written.saves) > 7 else written.saves:
-        size = "size not known before loading" if save.bytes is None else _size(save.bytes)
+        size = "size not known before loading" if save.bytes is None else size_text(save.bytes)
         also = (", with state" if save.state else "") + (f", and {save.average.name}" if save.average else "")
         lines.append(f"  {save.path.name} after update {save.update}, {size}{also}")
     if len(written.saves) > 7:
@@ -295,9 +302,9 @@ def describe_outputs(prepared: Prepared) -> str:
     if (state := describe_state(prepared)) is not None:
         lines.append(state)
     if written.disk_bytes is not None:
-        lines.append(f"disk: about {_size(written.disk_bytes)} for models and states")
+        lines.append(f"disk: about {size_text(written.disk_bytes)} for models and states")
     if written.cache_bytes:
-        lines.append(f"cache on disk: up to {_size(written.cache_bytes)}, less what is there already")
+        lines.append(f"cache on disk: up to {size_text(written.cache_bytes)}, less what is there already")
     caches = [name for name, on in (("latents", caches_latents(prepared.config)), ("captions", caches_texts(
         prepared.config))) if on]
     if caches:
@@ -305,7 +312,8 @@ def describe_outputs(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """1234567 -> 1.23 MB."""
     value, unit = float(count), "B"
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":
@@ -323,7 +331,9 @@ def disk_warnings(prepared: Prepared) -> list[str]:
         if not os.access(place, os.W_OK):
             warnings.append(f"{option} = {folder}: nothing can be written to {place}; choose another folder")
         elif (free := shutil.disk_usage(place).free) < needed[option]:
+            way_out = "; what does not fit is saved when there is room" if option == "--output_dir" else ""
             warnings.append(
-                f"{option} = {folder}: {free / 1e9:.3g} GB are free and about {needed[option] / 1e9:.3g} GB are needed"
+                f"{option} = {folder}: {free / 1e9:.3g} GB are free and about {needed[option] / 1e9:.3g} GB are "
+                f"needed{way_out}"
             )
     return warnings

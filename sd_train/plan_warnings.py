@@ -65,6 +65,7 @@ def plan_warnings(prepared: Prepared) -> list[str]:
         )
     if spec.adapts_rate and plan.rates and max(plan.rates.values()) <= 0.1:
         warnings.append(f"{spec.name} estimates the rate itself and multiplies it with yours; 1.0 is recommended")
+    warnings += prepared.start.notes
     if prepared.resume is not None:
         later = [path.name for path in prepared.names.existing() if step_of(path) > prepared.progress.step]
         if later:

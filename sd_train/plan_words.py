@@ -15,7 +15,7 @@ from sd_train.families.block_states import state_blocks
 from sd_train.families.embeddings import read_embedding
 from sd_train.families.parts import ModelKind
 from sd_train.families.text import CHUNK, ChunkTokenizer
-from sd_train.families.tokenizer import clip_vocabulary, load_clip_tokenizer
+from sd_train.families.tokenizer import clip_tokenizer, clip_vocabulary
 from sd_train.prompts import Prompt
 
 _SHOWN = 6
@@ -63,7 +63,7 @@ def check_word(config: RunConfig) -> None:
 
 
 def _tokens(text: str) -> list[int]:
-    found: list[int] = load_clip_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
+    found: list[int] = clip_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
     return found
 
 
@@ -150,7 +150,7 @@ def word_warnings(
             rest = "they take turns" if found < wanted else f"only the first {wanted} of them start one"
             rule = f"is {found} token{'s' * (found > 1)}, and --num_vectors_per_token is {wanted}: {rest}"
             warnings.append(f"--init_word = {chosen.init_word!r}: {rule}")
-    tokenizer = ChunkTokenizer(load_clip_tokenizer(), Words({word: range(chosen.num_vectors_per_token)}))
+    tokenizer = ChunkTokenizer(clip_tokenizer(), Words({word: range(chosen.num_vectors_per_token)}))
     for index, number, subset in _learned(indexes):
         idle = [name for name in _OF_CAPTIONS if getattr(subset, name) != getattr(SubsetConfig, name)]
         if subset.templates and idle:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -75,8 +75,13 @@ class Preview:
         if not self.is_main or not self.prompts:
             return
         failed: dict[str, str] = {}
-        with self.report.untimed(), self.weights.for_inference():
-            for index, prompt in enumerate(self.prompts):
+        with self.report.untimed(), ExitStack() as stack:
+            try:
+                stack.enter_context(self.weights.for_inference())
+            except (RuntimeError, MemoryError) as problem:
+                # Averaged weights are put aside for the time, which takes memory.
+                failed = {"any prompt": f"{type(problem).__name__}: {problem}"}
+            for index, prompt in enumerate(() if failed else self.prompts):
                 try:
                     self._show(index, prompt, mark, progress)
                 except Exception as problem:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_train.errors import RunError
 from sd_train.report_console import Console
 from sd_train.report_trackers import EventFile, Hyperparameter, Picture, Tracker
 
@@ -27,8 +26,6 @@ OpenTrackers = Callable[[Path | None, str], Sequence[Tracker]]
 UPDATES_READ_TOGETHER = 10
 SECONDS_READ_TOGETHER = 0.5
 """Values stay on their device until so many updates or seconds are waiting; a reading waits for the device."""
-UPDATES_NOT_FINITE = 20
-"""With fp16 a few in a row are harmless: their updates are skipped."""
 
 
 def tensorboard(log_dir: Path | None, name: str) -> list[Tracker]:
@@ -105,7 +102,6 @@ class Report:
         open_trackers: OpenTrackers = tensorboard,
     ) -> None:
         self._is_main = is_main
-        self._not_finite = 0
         self._total_steps = total_steps
         self._window = LossWindow()
         # A resumed run that was given no state does not know which epoch its first update belongs to.
@@ -118,6 +114,9 @@ class Report:
             self.log_dir = Path(logging_dir) / f"{log_prefix or ''}{time.strftime('%Y%m%d%H%M%S')}"
         self._trackers = tuple(open_trackers(self.log_dir, tracker_name)) if is_main else ()
         self._finals: dict[str, float] = {}
+        self._shown = start_step
+        self.held_back = 0
+        """Updates that are not shown yet when the next ones come: what is found out about them may undo them."""
         self._failed = False
 
     @property
@@ -174,43 +173,44 @@ class Report:
         waited = time.monotonic() - self._last_read
         enough = len(self._waiting) >= UPDATES_READ_TOGETHER or waited >= SECONDS_READ_TOGETHER
         if enough or step >= self._total_steps:
-            self.flush()
+            self._flush(len(self._waiting) - self.held_back)
+
+    def passed(self, step: int, epoch: int) -> None:
+        """Note an update that was left out, for the mean of its epoch."""
+        if self._is_main:
+            self._waiting.append(_Point(step, epoch, 0, time.time(), {}))
 
     def flush(self) -> None:
         """Read what is waiting and write it; this waits for the device."""
-        if not self._waiting:
+        self._flush(len(self._waiting))
+
+    def _flush(self, count: int) -> None:
+        if count <= 0:
             return
-        points, self._waiting = self._waiting, []
+        points, self._waiting = self._waiting[:count], self._waiting[count:]
         _read(points)
         self._last_read = time.monotonic()
         speed = sum(point.samples for point in points) / max(self._last_read - self._clock, 1e-6)
         self._clock = self._last_read
         for point in points:
-            self._not_finite = 0 if math.isfinite(float(point.values["loss/current"])) else self._not_finite + 1
-            values = {"loss/average": self._window.add(float(point.values["loss/current"])), **point.values}
-            if point is points[-1]:
-                values["samples_per_second"] = speed
-            self._scalars(point.step, point.wall_time, {tag: float(value) for tag, value in values.items()})
+            values = point.values
+            if values:
+                values = {"loss/average": self._window.add(float(values["loss/current"])), **values}
+                if point is points[-1]:
+                    values["samples_per_second"] = speed
+            # An update that is computed anew has its point already.
+            new, self._shown = point.step > self._shown, max(point.step, self._shown)
+            if new and values:
+                self._scalars(point.step, point.wall_time, {tag: float(value) for tag, value in values.items()})
             before, self._epoch = self._epoch, point.epoch
             if before is not None and point.epoch > before:
                 average = self._window.end_epoch()
-                self._scalars(point.step, point.wall_time, {"loss/epoch_average": average}, point.epoch)
+                if new:
+                    self._scalars(point.step, point.wall_time, {"loss/epoch_average": average}, point.epoch)
         for tracker in self._trackers:
             tracker.flush()
         if self._console is not None:
             self._console.update(points[-1].step, points[-1].epoch, self._window.average, speed)
-
-    def check(self) -> None:
-        """Call after `update`.
-
-        Raises:
-            RunError: when the loss has not been finite for so long that it will not become so again.
-        """
-        if self._not_finite >= UPDATES_NOT_FINITE:
-            raise RunError(
-                f"the loss has not been finite for {self._not_finite} updates: the training has diverged; "
-                "go back to an earlier save and use a lower learning rate"
-            )
 
     def _scalars(self, step: int, wall_time: float, values: Mapping[str, float], epoch: int | None = None) -> None:
         self._finals |= {tag: value for tag, value in values.items() if tag.startswith("loss/")}
@@ -250,7 +250,9 @@ class Report:
         return {"epoch": self._epoch, "index": window.index, "total": window.total, "losses": list(window.losses)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state()` gave; an empty `state` changes nothing."""
+        """Go on from what `state()` gave; an empty `state` changes nothing. What is waiting was undone: it is not
+        shown."""
+        self._waiting.clear()
         if state:
             self._epoch = None if state["epoch"] is None else int(state["epoch"])
             self._window.index = int(state["index"])

@@ -35,22 +35,23 @@ class Retention:
             kept, age = self.steps_state if state else self.steps, now[1] - moment[1]
         return kept is not None and age > kept
 
-    def outdated(self, names: FileNames, now: Moment) -> list[Path]:
-        """The models and states that the save of `now` makes old, models first."""
+    def outdated(self, names: FileNames, now: Moment, state: bool = True) -> list[Path]:
+        """The models and, if it has a `state` too, the states that the save of `now` makes old, models first."""
         found = []
         for path in names.existing():
-            moment = names.moment(path)
-            if moment is not None and self.is_old(moment, now, path.name.endswith("-state")):
+            moment, is_state = names.moment(path), path.name.endswith("-state")
+            if moment is not None and self.is_old(moment, now, is_state) and (state or not is_state):
                 found.append(path)
         return sorted(found, key=lambda path: (path.name.endswith("-state"), path.name))
 
-    def delete(self, names: FileNames, now: Moment, warn: Callable[[str], None]) -> list[Path]:
+    def delete(self, names: FileNames, now: Moment, warn: Callable[[str], None], state: bool = True) -> list[Path]:
         """Delete what is old, and return what is gone; call it when the newest save is whole.
 
-        `warn` is told what cannot be deleted: a full disk later is a better reason to stop than this.
+        Without a new `state` the old ones stay: they are all that a training can go on from. `warn` is told what
+        cannot be deleted: a full disk later is a better reason to stop than this.
         """
         gone = []
-        for path in self.outdated(names, now):
+        for path in self.outdated(names, now, state):
             try:
                 remove(path)
             except OSError as problem:

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+QUARANTINE = "quarantine"
+"""In `Progress.extra`: the updates that are left out, as a list of `{"step": number from zero, ...}`."""
+
+
 class Geometry(NamedTuple):
     """What was done to one image, in pixels, (height, width) and (top, left) as SDXL's conditioning has them."""
 
@@ -54,6 +58,8 @@ class Batch:
     """Number of the micro-batch within its update, over all ranks."""
     more_noise: dict[str, Tensor] = field(default_factory=dict)
     """What else was drawn, see `diffusion.draws.Draws.more`."""
+    rows: tuple[int, int] | None = None
+    """Of a part of a micro-batch that did not fit into memory: its first sample, and how many the whole has."""
 
 
 @dataclass
@@ -68,7 +74,7 @@ class Update:
     """Number of the update within its epoch, from zero."""
     last_in_epoch: bool
     samples: int
-    """Real samples over all ranks and micro-batches; what fills a short batch is not counted."""
+    """Real samples over all ranks and micro-batches; what fills a short batch is not counted. 0: it is left out."""
     batches: Iterator[Batch]
     """The micro-batches of this rank, in order, prepared ahead."""
 
@@ -83,6 +89,10 @@ class Conditioning:
     extra: dict[str, Tensor] = field(default_factory=dict)
     channels: Tensor | None = None
     """Concatenated to the latents, [B, channels, height, width]."""
+
+
+RATES_FROM = "rates_from"
+"""Key in `Progress.extra`: the update at which the curve of the learning rates begins, where it is not the first."""
 
 
 @dataclass

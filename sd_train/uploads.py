@@ -133,8 +133,10 @@ class Uploader:
     def __enter__(self) -> Uploader:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Whoever presses Ctrl-C a second time waits for nothing more.
+        if kind is not KeyboardInterrupt:
+            self.close()
 
     def saved(self, models: Sequence[Path], state: Path | None = None) -> None:
         """Upload models, each a file or a folder, and the state folder if states are wanted."""

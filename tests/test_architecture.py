@@ -20,6 +20,7 @@ LAYERS: dict[str, int] = {
     "types.py": 0,
     "randomness.py": 0,
     "files.py": 0,
+    "terminal.py": 0,
     "config/*": 0,
     "data/columns.py": 0,
     "data/config.py": 0,
@@ -45,17 +46,25 @@ LAYERS: dict[str, int] = {
     "guard.py": 4,
     "drawing.py": 4,
     "preview*.py": 4,
+    "safety.py": 4,
     "samplers.py": 4,
+    "snapshot.py": 4,
+    "splitting.py": 4,
     "lora_files/*": 4,
     "names.py": 4,
     "retention.py": 4,
+    "room.py": 4,
     "state.py": 4,
+    "state_choice.py": 4,
+    "state_files.py": 4,
     "validate.py": 4,
+    "watch.py": 4,
     "report*.py": 4,
     "uploads.py": 4,
     "metadata*.py": 4,
     "prompts.py": 4,
     "loop.py": 5,
+    "preflight.py": 5,
     "plan*.py": 6,
     "build*.py": 6,
     "contact_sheet.py": 6,
@@ -79,6 +88,9 @@ LONG_FUNCTIONS = {"sd_train/loop.py:train": 200}
 MOST_PARAMETERS = 8
 LEAST_TESTS = 0.4
 PICKLES = "sd_train/families/pickles.py"
+ASKED = {"huggingface_hub", "wandb"}
+ASKING = ("sd_train/uploads.py", "sd_train/families/hub.py", "sd_train/families/build.py", "sd_train/report_wandb.py")
+"""Where the network may be used: each of them asks whether it was asked for (`build.py` takes an exception's class)."""
 PRINTS = ("sd_train/report*.py", "sd_train/config/parser.py", "tools/*.py")
 TOP_LEVEL = {"sd_train", "finetune", "tools", "tests", "pyproject.toml", "dataset_config.example.toml", "README.md"}
 TOP_LEVEL |= {"LICENSE", "constraints.txt"}
@@ -246,8 +258,19 @@ def unannotated(module: Module) -> list[str]:
 
 
 CODE = {"eval", "exec", "compile", "__import__"}
+RUNNERS = {"runpy", "codeop", "os.system", "os.popen", "builtins.eval", "builtins.exec"}
+RUNNERS |= {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.hub", "torch.jit.load", "torch.package"}
+PICKLERS = {"pickle", "_pickle", "cPickle", "pickle5", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+PICKLERS |= {"torch.load", "torch.save", "torch.serialization", "pandas.read_pickle", "multiprocessing.reduction"}
+NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "ftplib", "smtplib", "requests", "httpx", "aiohttp"}
+NETWORK |= {"websockets", "sentry_sdk", "posthog"}
+"""Packages that reach other machines; the hub and wandb do it for us, where they were asked for."""
 ALLOWED = {"trust_remote_code": "False", "weights_only": "True", "allow_pickle": "False"}
 """Arguments that open a way for foreign code, and the one value that they may have."""
+
+
+def _is_pickle(name: str) -> bool:
+    return any(name == picklers or name.startswith(f"{picklers}.") for picklers in PICKLERS)
 
 
 def forbidden(module: Module) -> list[str]:
@@ -261,15 +284,26 @@ def forbidden(module: Module) -> list[str]:
             names += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
         elif isinstance(node, ast.Attribute | ast.Name):
             names = [ast.unparse(node)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            if not any(keyword.arg == "weights_only" for keyword in node.keywords):
+                found.append(f"{module.path}:{node.lineno}: torch.load needs weights_only=True")
+            continue
+        elif isinstance(node, ast.keyword) and node.arg == "shell":
+            found.append(f"{module.path}:{node.value.lineno}: a shell makes code of data")
+            continue
         elif isinstance(node, ast.keyword) and node.arg in ALLOWED and ast.unparse(node.value) != ALLOWED[node.arg]:
             found.append(f"{module.path}:{node.value.lineno}: {node.arg} must be {ALLOWED[node.arg]}")
             continue
         else:
             continue
-        if isinstance(node, ast.Name) and node.id in CODE:
-            found.append(f"{module.path}:{node.lineno}: {node.id} makes code of data")
-        pickles = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "torch.load", "torch.save"}
-        if module.path != PICKLES and (used := pickles & set(names)):
+        if (isinstance(node, ast.Name) and node.id in CODE) or RUNNERS & set(names):
+            found.append(f"{module.path}:{node.lineno}: {ast.unparse(node)} makes code of data")
+        if isinstance(node, ast.Import | ast.ImportFrom) and module.path.startswith("sd_train/"):
+            reached = {name.partition(".")[0] for name in names} & NETWORK
+            found += [f"{module.path}:{node.lineno}: {name} reaches other machines" for name in sorted(reached)]
+            if any(name.partition(".")[0] in ASKED for name in names) and not matches(module.path, *ASKING):
+                found.append(f"{module.path}:{node.lineno}: the network is for {', '.join(ASKING)}")
+        if module.path != PICKLES and (used := {name for name in names if _is_pickle(name)}):
             found.append(f"{module.path}:{node.lineno}: {min(used)} belongs in {PICKLES} alone")
         if isinstance(node, ast.Name) and node.id == "print" and not may_print:
             found.append(f"{module.path}:{node.lineno}: print belongs to commands, entry points, parser and report")
@@ -277,12 +311,22 @@ def forbidden(module: Module) -> list[str]:
 
 
 def test_ways_for_foreign_code_are_found() -> None:
-    text = "import torch, marshal\nexec(x)\nmodel.eval()\nf(trust_remote_code=True)\nload(p, weights_only=True)\n"
+    text = (
+        "import torch, marshal\nexec(x)\nmodel.eval()\nf(trust_remote_code=True)\nload(p, weights_only=True)\n"
+        "torch.load(p)\nfrom torch import save\nimport urllib.request\nrun(x, shell=True)\nos.system(x)\nimport wandb\n"
+    )
     module = Module("sd_train/device.py", text, ast.parse(text))
-    assert [line.partition(":")[2] for line in forbidden(module)] == [
+    assert sorted(line.partition(":")[2] for line in forbidden(module)) == [
+        "10: os.system makes code of data",
+        f"11: the network is for {', '.join(ASKING)}",
         "1: marshal belongs in sd_train/families/pickles.py alone",
         "2: exec makes code of data",
         "4: trust_remote_code must be False",
+        "6: torch.load belongs in sd_train/families/pickles.py alone",
+        "6: torch.load needs weights_only=True",
+        "7: torch.save belongs in sd_train/families/pickles.py alone",
+        "8: urllib reaches other machines",
+        "9: a shell makes code of data",
     ]
 
 

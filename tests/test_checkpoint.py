@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -18,19 +19,20 @@ from torch import Tensor
 
 from sd_train.checkpoint import Intervals
 from sd_train.errors import ConfigError, DataError, ModelError, RunError, UserError
-from sd_train.files import sha256, write_folder, write_network, write_tensors, write_text, write_whole
-from sd_train.names import FileNames
+from sd_train.families.streaming import write_network, write_tensors
+from sd_train.files import sha256, write_folder, write_text, write_whole
+from sd_train.names import FileNames, step_of
 from sd_train.optim.optimizers import make_optimizer
 from sd_train.state import (
     MANIFEST,
     StateParts,
-    find_state,
     load_state,
     optimizer_state,
     read_manifest,
     read_progress,
     save_state,
 )
+from sd_train.state_choice import find_state
 from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.types import Progress
 from tests.models import assert_equal_tensors, fresh_tiny
@@ -382,7 +384,10 @@ def test_latest_passes_over_a_damaged_state(kind: str, two_states: Path, make_pa
     assert find_state("latest", names, said.append) == earlier
     assert len(said) == 1
     assert str(last) in said[0]
-    assert find_state(str(last), names, said.append) == last
+    with pytest.raises(DataError, match="the whole one before it") as named:
+        find_state(str(last), names, said.append)
+    assert str(named.value).endswith(f"--resume {earlier}")
+    assert find_state(str(earlier), names, said.append) == earlier
     assert find_state("latest", FileNames(two_states, "cat"), said.append).name == last.name
 
 
@@ -404,6 +409,42 @@ def test_no_damage_to_the_manifest_passes_for_a_state(two_states: Path, tmp_path
             # White space, the step or the base model, which is compared with the one that is loaded.
             assert found["files"] == whole["files"]
     assert damaged > 0.5 * len(content)
+
+
+def test_the_last_state_is_found_whatever_the_clock_says(
+    make_parts: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whatever its update is: a run may go back and take another way."""
+    names, parts = FileNames(tmp_path, "cat"), make_parts()
+    for step, clock in ((20, 2e9), (5, 1e9), (10, 1.0)):
+        monkeypatch.setattr("time.time", lambda clock=clock: clock)
+        save_state(names.state(names.at_step(step)), dataclasses.replace(PROGRESS, step=step), parts)
+        assert step_of(find_state("latest", names, lambda text: None)) == step
+    # States of earlier versions have the clock alone, and came before those that have more.
+    for step in (5, 10, 20):
+        path = names.state(names.at_step(step)) / MANIFEST
+        facts = json.loads(path.read_text())
+        del facts["save"]
+        path.write_text(json.dumps(facts))
+    assert step_of(find_state("latest", names, lambda text: None)) == 20
+    save_state(names.state(names.at_step(1)), PROGRESS, parts)
+    assert step_of(find_state("latest", names, lambda text: None)) == 1
+
+
+def test_a_state_on_a_failing_disk_is_passed_over(
+    two_states: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, said = FileNames(two_states, "cat"), list[str]()
+    last, real = names.state("cat-step00000010"), sha256
+
+    def failing(path: Path, offset: int = 0) -> str:
+        if path.parent == last:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, offset)
+
+    monkeypatch.setattr("sd_train.state.sha256", failing)
+    assert find_state("latest", names, said.append) == names.state("cat-step00000005")
+    assert "cannot be read (Input/output error)" in said[0]
 
 
 def test_states_that_are_not_there(two_states: Path, tmp_path: Path) -> None:

@@ -344,6 +344,7 @@ def test_precision_and_numbers_that_do_not_fit(tmp_path: Path, caplog: pytest.Lo
             assert {tensor.dtype for tensor in all_tensors(read(path)).values()} == {dtype}
             expected = dtype == torch.float16
             assert any("which fp16 cannot hold" in line for line in caplog.messages) == expected, form
+            assert all(tensor.isfinite().all() for tensor in all_tensors(read(path)).values())
 
 
 def test_safetensors_are_those_of_the_library(tmp_path: Path) -> None:

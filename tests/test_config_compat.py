@@ -14,12 +14,12 @@ from sd_train.errors import ConfigError
 NAMES = (Path(__file__).parent / "data" / "config_sd_scripts_names.txt").read_text(encoding="utf-8").split()
 OURS = {
     "allow_missing_captions", "bucket_policy", "cache_caption_variants", "cache_dir", "cache_latents_sample",
-    "caption_column", "output_lora_format", "overwrite", "save_every_n_minutes", "sdxl", "skip_broken_images",
-    "trust_index",
+    "caption_column", "output_lora_format", "overwrite", "resume_anyway", "on_disk_full",
+    "save_every_n_minutes", "sdxl", "skip_broken_images", "trust_index",
     "unmasked_weight", "verify_images", "use_ema", "ema_decay", "ema_device", "sample_ema", "xti", "prior_preservation",
     "class_prompt", "log_norms_every_n_steps", "timestep_sampling", "soft_min_snr_gamma",
     "p2_gamma", "p2_k", "dream_training", "dream_detail_preservation", "save_best", "validation_patience",
-    "validation_timesteps",
+    "validation_timesteps", "nan_policy", "loss_spike_factor", "max_rollbacks", "snapshot_every_n_steps", "preflight",
 }  # fmt: skip
 # An empty optimizer_type means AdamW in sd-scripts; network_module must be given there.
 # What save_model_as is when it is not given depends on the command there too.

@@ -16,6 +16,7 @@ from sd_train.config.dump import dump_toml
 from sd_train.config.options import GROUPS, RunConfig
 from sd_train.config.parser import load_run_config
 from sd_train.config.schema import run_json_schema
+from sd_train.config.values import FACTS
 from sd_train.errors import ConfigError
 
 RULED = {  # options that rules between options or the file system restrict
@@ -51,8 +52,10 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "validation_timesteps": st.integers(1, 100),
     "min_timestep": st.integers(1, 500),
     "max_timestep": st.integers(501, 999),
+    "loss_spike_factor": st.floats(1.01, 1e6),
     "unet_lr": st.floats(1e-9, 1),
     "face_crop_aug_range": st.tuples(st.floats(1e-9, 1), st.floats(1, 1e9)),
+    "resume_anyway": st.lists(st.sampled_from(FACTS), unique=True).map(tuple),
     "pretrained_model_name_or_path": st.just("a b\\'c\".ckpt"),
 }
 

@@ -304,6 +304,8 @@ class TestRules:
             ("--loss_type huber --huber_scale 2", "--huber_scale has no effect: huber_schedule is snr"),
             ("--huber_schedule snr --huber_c 0.1 --huber_scale 1 --p2_k 1", None),
             ("--p2_k 2", "--p2_k has no effect: p2_gamma is not given"),
+            ("--max_rollbacks 5", "--max_rollbacks has no effect: nan_policy is not rollback"),
+            ("--nan_policy skip --snapshot_every_n_steps 9", "has no effect: nan_policy is skip"),
             ("--dream_detail_preservation 10", "dream_training is not given"),
         ],
     )

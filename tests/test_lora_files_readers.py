@@ -14,11 +14,12 @@ from sd_train.demo.tiny_model import TinyKind
 from sd_train.families.saving import original_tensors
 from sd_train.families.sources import DictSource, Part
 from sd_train.lora_files.adapter import DOWN, UP, Adapter
+from sd_train.lora_files.alphas import PEFT_METADATA
 from sd_train.lora_files.checking import check
 from sd_train.lora_files.merging import MergedSource, Weighted, merge_into
 from sd_train.lora_files.names import Place
 from sd_train.lora_files.readers import READERS, TABLE, render_table
-from sd_train.lora_files.reading import PEFT_METADATA, lora_from_tensors, open_lora
+from sd_train.lora_files.reading import lora_from_tensors, open_lora
 from sd_train.lora_files.writing import (
     LoraTensors,
     diffusers_tensors,

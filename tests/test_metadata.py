@@ -18,7 +18,7 @@ from sd_train.config.options import RunConfig
 from sd_train.config.parser import load_run_config
 from sd_train.demo.tiny_model import save_tiny_model
 from sd_train.errors import ConfigError
-from sd_train.files import write_network
+from sd_train.families.streaming import write_network
 from sd_train.metadata import RunFacts, build_metadata, describe_base, now
 from sd_train.plan import prepare
 from sd_train.types import Progress

@@ -152,7 +152,6 @@ def test_the_plan_tells_of_state_in_8_bits(
 
 
 CASES = {
-    "AdamW8bit": "--network_dim 64",
     "AdamWScheduleFree": "--learning_rate 1e-3 --lr_scheduler cosine",
     "DAdaptation": "--unet_lr 1 --text_encoder_lr 0.5",
 }

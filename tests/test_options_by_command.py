@@ -84,6 +84,7 @@ def example(option: Option) -> Any:
         return option.choices[-1]
     special: dict[str, Any] = {
         "block_lr": ",".join(["1e-5"] * 23), "network_args": ["conv_dim=4"], "base_weights_multiplier": [0.5],
+        "loss_spike_factor": 2.5,
     }  # fmt: skip
     plain: dict[str, Any] = {"flag": True, "int": 3, "float": 0.25, "text": "x", "list": ["x"]}
     return special.get(option.name, plain[option.kind])
@@ -180,6 +181,7 @@ def own_values(command: str) -> dict[str, Any]:
     lists |= {"optimizer_args": ["betas=.9,.99"], "network_args": ["conv_dim=4"], "face_crop_aug_range": "1.0,2.0"}
     lists |= {"max_bucket_reso": 1024, "min_bucket_reso": 256, "unet_lr": 0.5, "text_encoder_lr": 0.25}
     lists |= {"max_timestep": 900, "huggingface_repo_id": "someone/repo", "lr_scheduler_num_cycles": 1}
+    lists["resume_anyway"] = ["dataset", "seed"]
     if command != "train_textual_inversion":
         lists |= {"prior_preservation": "frozen", "class_prompt": "a dog"}
     return values | {name: value for name, value in lists.items() if options()[name].belongs_to(command)}

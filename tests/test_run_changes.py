@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def test_a_training_that_diverges_ends(
 ) -> None:
     hot = "--max_train_steps 200 --network_train_unet_only --learning_rate 1e5 --cache_latents"
     assert main(words(small_model, dataset, tmp_path, hot)) == 4
-    assert "the loss has not been finite" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(r"error: stopped before update \d+ \((its loss|the norm of its gradients|the weights)", said)
     assert not (tmp_path / "lora.safetensors").exists()
 
 
@@ -101,18 +103,6 @@ def test_changed_optimizer_arguments_act_after_a_resume(
     decayed = train(small_model, dataset, tmp_path / "decayed", more)
     assert "changed since the state was saved: optimizer_args" in capsys.readouterr().err
     assert differences(decayed, run / "lora.safetensors")
-
-
-def test_a_changed_dataset_is_told_of(
-    run: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    state = run / "lora-step00000001-state"
-    same = write_dataset(tmp_path / "same.toml")
-    train(small_model, same, tmp_path / "a", f"{STATES} --resume {state}")
-    assert "the dataset, its settings" not in capsys.readouterr().err
-    changed = write_dataset(tmp_path / "changed.toml", subset="num_repeats = 2")
-    train(small_model, changed, tmp_path / "b", f"{STATES} --resume {state}")
-    assert "the dataset, its settings" in capsys.readouterr().err
 
 
 def test_broken_states_that_latest_passes_over_are_named(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,24 +35,12 @@ def dump_toml(config: RunConfig, names: Collection[str] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def changed_options(before: str, after: str) -> list[str]:
-    """What the training depends on and differs between two texts of `dump_toml`: `name: before -> after`."""
-    old, new = tomllib.loads(before), tomllib.loads(after)
-    groups = ("model", "dataset", "network", "full", "embedding", "optimizer", "training", "noise", "loss", "ema")
-    names = [name for name, option in options().items() if option.group in groups and name != "debug_dataset"]
-    return [
-        f"{name}: {old.get(name, 'not set')} -> {new.get(name, 'not set')}"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
-
-
 def repeatable(config: RunConfig, seed: int) -> RunConfig:
     """`config` as it repeats the whole training: with the seed that was drawn, not resuming, replacing nothing."""
     return replace(
         config,
         training=config.training.model_copy(update={"seed": seed}),
-        saving=config.saving.model_copy(update={"resume": None, "overwrite": False}),
+        saving=config.saving.model_copy(update={"resume": None, "resume_anyway": (), "overwrite": False}),
         hub=config.hub.model_copy(update={"resume_from_huggingface": False}),
     )
 

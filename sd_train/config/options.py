@@ -15,6 +15,7 @@ from sd_train.config.output_options import (
     SamplingOptions,
     SavingOptions,
 )
+from sd_train.config.safety_options import SafetyOptions
 from sd_train.config.training_options import (
     EmaOptions,
     EmbeddingOptions,
@@ -36,6 +37,7 @@ GROUPS: Mapping[str, type[Group]] = {
     "loss": LossOptions,
     "validation": ValidationOptions,
     "ema": EmaOptions,
+    "safety": SafetyOptions,
     "saving": SavingOptions,
     "sampling": SamplingOptions,
     "logging": LoggingOptions,
@@ -61,6 +63,7 @@ class RunConfig:
     loss: LossOptions
     validation: ValidationOptions
     ema: EmaOptions
+    safety: SafetyOptions
     saving: SavingOptions
     sampling: SamplingOptions
     logging: LoggingOptions

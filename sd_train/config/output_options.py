@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, SecretStr
 
 from sd_train.config.group import Group
-from sd_train.config.values import FolderName, LaxPath
+from sd_train.config.values import FACTS, Accepted, FolderName, LaxPath
 
 
 class SavingOptions(Group):
@@ -49,7 +49,24 @@ class SavingOptions(Group):
     )
     save_state: bool = Field(False, description="Save, with each file, the state from which --resume continues.")
     save_state_on_train_end: bool = Field(False, description="Save that state when the training ends.")
+    on_disk_full: Literal["wait", "stop"] = Field(
+        "wait", description="What the end of the training does where its files find no room: wait until there is some "
+        "(Ctrl-C gives up), or stop with exit code 4. Until then the training goes on, and saves when there is room.",
+    )  # fmt: skip
     resume: str | None = Field(None, description="State folder to continue from, or: latest.")
+    resume_anyway: Accepted = Field(
+        (), description="Go on although these differ from what the state is of: " + ", ".join(FACTS) + "."
+    )
+    initial_step: int | None = Field(
+        None, ge=1, le=10**9, description="Count so many updates as done: begin with the epoch that update lies in; "
+        "with resume in place of the state's own place. The rates' curve goes on as it would without.",
+    )  # fmt: skip
+    initial_epoch: int | None = Field(
+        None, ge=1, le=10**9, description="The same, as the epoch to begin with, from 1; initial_step goes before it."
+    )
+    skip_until_initial_step: bool = Field(
+        False, description="Begin with that very update, not with its epoch's first."
+    )
 
 
 class SamplingOptions(Group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from sd_train.config.catalogue import options
 from sd_train.config.hub import HUB_ID, is_path_in_repo, parse_hub_folder
@@ -29,6 +30,10 @@ def _logs(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
     config = values.get("log_tracker_config")
     if config is not None and not os.path.isfile(config):
         problems.add(chosen.where("log_tracker_config"), str(config), "there is no such file", "check the path")
+    prefix = Path(values.get("log_prefix") or "")
+    if prefix.is_absolute() or ".." in prefix.parts:
+        where, way_out = chosen.where("log_prefix"), "give the folder as logging_dir and only the name's start here"
+        problems.add(where, str(prefix), "leads out of logging_dir", way_out)
     if not chosen.valid("logging_dir", "log_with"):
         return
     logging_dir, log_with = values["logging_dir"], values["log_with"]
@@ -94,6 +99,16 @@ def _retention(chosen: Chosen, warnings: list[str]) -> None:
 
 
 def _resume(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:
+    values = chosen.values
+    if values.get("resume_anyway") and values.get("resume", "") is None:
+        warnings.append(f"{chosen.where('resume_anyway')} has no effect: resume is not given")
+    if values.get("initial_epoch") is not None and values.get("initial_step") is not None:
+        where = chosen.where("initial_epoch")
+        warnings.append(f"{where} has no effect: initial_step is given, as in sd-scripts")
+    places = [values.get(name) for name in ("initial_step", "initial_epoch")]
+    if values.get("skip_until_initial_step") and places == [None, None]:
+        reason = "neither initial_step nor initial_epoch is given; resume always goes on with the very next update"
+        warnings.append(f"{chosen.where('skip_until_initial_step')} has no effect: {reason}")
     if not chosen.valid("resume", "resume_from_huggingface") or not chosen.values["resume_from_huggingface"]:
         return
     where, resume = chosen.where("resume_from_huggingface"), chosen.values["resume"]

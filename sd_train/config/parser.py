@@ -21,6 +21,7 @@ from sd_train.config.objective_rules import check_objective
 from sd_train.config.options import GROUPS, RunConfig
 from sd_train.config.output_rules import check_outputs
 from sd_train.config.rules import Chosen, check_rules, missing_model
+from sd_train.config.safety_rules import check_safety
 from sd_train.config.sources import (
     CommandLine,
     Given,
@@ -75,6 +76,7 @@ def load_run_config(command: str, argv: Sequence[str], checks: Mapping[str, Chec
     check_rules(chosen, problems, warnings)
     check_outputs(chosen, problems, warnings)
     check_objective(chosen, problems, warnings)
+    check_safety(chosen, warnings)
     if problems.found:
         for name, check in (checks or {}).items():
             if chosen.valid(name) and (wrong := check(valid[name])) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ _LONGEST_PART = 255
 """Bytes of one name in a path: the limit of the file systems in use."""
 _LONGEST_NAME = 150
 _LONGEST_NAME_BYTES = 200
-"""Leaves room for what is put before and behind: `.NAME-step00000100-state.1234567.tmp`."""
+"""Leaves room for what is put before and behind: `.NAME-step00000100-ema.safetensors.1234567-abcdef.tmp`."""
+_DEVICE = re.compile(r"(?i:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9\xb9\xb2\xb3])")
 _NOT_ON_WINDOWS = '<>:"|?*'
 
 
@@ -107,6 +109,8 @@ def _output_name(chosen: Chosen, problems: Problems, warnings: list[str]) -> Non
         if option == "token_string":
             way_out = "files are called by the word: give them another name as output_name, or choose another word"
         problems.add(where, name, "holds a path", way_out)
+    if not name.strip("."):
+        problems.add(where, name, "is a place, not a name", "give the folder as output_dir and a name here")
     if any(unicodedata.category(character) == "Cc" for character in name):
         problems.add(where, name, "holds a control character such as a line break or tab", "remove it")
     if len(name) > _LONGEST_NAME or len(name.encode()) > _LONGEST_NAME_BYTES:
@@ -118,6 +122,12 @@ def _output_name(chosen: Chosen, problems: Problems, warnings: list[str]) -> Non
     elif forbidden:
         rule = f"Windows takes no {' '.join(forbidden)} in file names"
         warnings.append(f"{where} = {name!r}: {rule}, so the files cannot be copied there under this name")
+    if _DEVICE.fullmatch(name.partition(".")[0].rstrip()):
+        rule = "is the name of a device on Windows"
+        if os.name == "nt":
+            problems.add(where, name, rule, "choose another name")
+        else:
+            warnings.append(f"{where} = {name!r}: {rule}, so the files cannot be copied there under this name")
 
 
 def _dataset(chosen: Chosen, problems: Problems, warnings: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,12 @@ from sd_train.config.catalogue import Kind, is_unset, options
 from sd_train.config.compat import SYNONYMS, known_options
 from sd_train.config.textfile import TomlFile, read_toml
 from sd_train.errors import Problems
+
+_SECRET_MARKS = ("token", "api_key", "apikey", "password", "secret")
+"""In names of what nobody is to read."""
+
+_TOKEN = re.compile(r"\b(hf_|api_org_)\w+")
+"""A token of the hub, wherever it stands."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,23 @@ def kind_of(name: str) -> Kind | None:
 
 
 def concealed(name: str, value: object) -> object:
-    """`value` as a message may show it: keys and tokens are not shown."""
+    """`value` as a message may show it: keys and tokens are not shown, under misspelt names neither."""
+    if isinstance(value, str):
+        value = _TOKEN.sub(r"\1***", value)
     option = options().get(name)
+    if option is None and kind_of(name) is None:
+        said = name.replace("-", "_").lower()
+        secrets = [each for each, known in options().items() if known.secret]
+        alike = any(mark in said for mark in _SECRET_MARKS) or difflib.get_close_matches(said, secrets, n=1)
+        return "***" if alike else value
     return "***" if option is not None and option.secret else value
+
+
+def concealed_word(word: str) -> str:
+    """A word that stands where an option is expected, as a message may show it: it may be `name=secret`."""
+    name, equals, value = word.partition("=")
+    name = str(concealed("", name))
+    return f"{name}={concealed(name.lstrip('-'), value)}" if equals else name
 
 
 def nearest(name: str) -> str:
@@ -84,7 +105,8 @@ def read_command_line(words: Sequence[str], problems: Problems) -> CommandLine:
         while rest and not rest[0].startswith("--") and rest[0] != "-h":
             values.append(rest.pop(0))
         if not word.startswith("--"):
-            problems.add(word, None, "stands before the first option", "every value follows its --option")
+            where, rule = concealed_word(word), "stands before the first option"
+            problems.add(where, None, rule, "every value follows its --option")
             continue
         flag, equals, attached = word.partition("=")
         _take(result, flag, [attached, *values] if equals else values, problems)
@@ -98,12 +120,13 @@ def _take(result: CommandLine, flag: str, values: list[str], problems: Problems)
     if kind is None and name.startswith("no_") and kind_of(name[3:]) == "flag":
         name, kind = name[3:], "flag"
     shown = " ".join(values) if values else None
+    safe = None if shown is None else concealed(name, shown)
     if kind is None:
-        problems.add(flag, shown, "is no option", nearest(name))
+        problems.add(flag, safe, "is no option", nearest(name))
     elif kind == "flag":
         if values:
             way_out = f"write {flag} alone" if switched_on else f"write {flag} alone to switch it off"
-            problems.add(flag, shown, "is a switch and takes no value", way_out)
+            problems.add(flag, safe, "is a switch and takes no value", way_out)
         result.values[name] = Given(switched_on, flag)
     elif kind == "list":
         result.values[name] = Given(values, flag)
@@ -111,7 +134,7 @@ def _take(result: CommandLine, flag: str, values: list[str], problems: Problems)
         result.values[name] = Given(values[0], flag)
     elif values:
         rule = f"takes one value and got {len(values)}"
-        problems.add(flag, concealed(name, shown), rule, "put quotes around a value with blanks")
+        problems.add(flag, safe, rule, "put quotes around a value with blanks")
         if kind == "text":
             # So that it is not also said to be missing.
             result.values[name] = Given(shown, flag)
@@ -161,9 +184,10 @@ def _note(
         # Files that a graphical interface writes hold the options of other model families, empty.
         return
     elif kind_of(name) is None:
-        shown = None if isinstance(value, dict | list) else value
+        shown = None if isinstance(value, dict | list) else concealed(name, value)
         in_list = len(keys) > 1 and kind_of(keys[0]) == "list"
-        way_out = f'write a list of texts: {keys[0]} = ["{name}={value}"]' if in_list else nearest(name)
+        listed = f'write a list of texts: {keys[0]} = ["{name}={concealed(name, value)}"]'
+        way_out = listed if in_list else nearest(name)
         problems.add(place, shown, "is no option", way_out)
     elif isinstance(value, dict):
         problems.add(place, None, "is a table", f'write a list of texts: {name} = ["name=value"]')

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Strict, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -17,6 +18,14 @@ LARGEST_SIDE = 16_384
 
 BLOCK_RATES = 23
 """Of SDXL's U-Net, as sd-scripts counts its blocks."""
+
+
+Fact = Literal[
+    "base_model", "command", "dataset", "gradient_accumulation_steps", "optimizer_type", "prediction", "processes",
+    "seed", "zero_terminal_snr",
+]  # fmt: skip
+"""What a state is of. A training that differs in one of them is refused unless `--resume_anyway` names it."""
+FACTS: tuple[str, ...] = get_args(Fact)
 
 
 @dataclass(frozen=True)
@@ -170,6 +179,19 @@ def parse_factors(value: object) -> tuple[float, ...]:
     return numbers
 
 
+def parse_accepted(value: object) -> tuple[str, ...]:
+    """The names of facts whose change is accepted, each once."""
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise rejected("must be a list of names", f"write some of {', '.join(FACTS)}")
+    for word in words:
+        if word not in FACTS and word != "":
+            near = difflib.get_close_matches(word, FACTS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise rejected(f"{word!r} is nothing that can be accepted", f"{hint}write some of {', '.join(FACTS)}")
+    return tuple(dict.fromkeys(word for word in words if word != ""))
+
+
 def parse_single_rate(value: object) -> object:
     """sd-scripts takes a list of text encoder rates, of which its LoRA uses the first alone."""
     if isinstance(value, list | tuple):
@@ -264,6 +286,12 @@ Factors = Annotated[
     BeforeValidator(parse_factors),
     WithJsonSchema({"type": "array", "items": {"type": "number"}}),
     Hint("list", "NUMBER ..."),
+]
+Accepted = Annotated[
+    tuple[str, ...],
+    BeforeValidator(parse_accepted),
+    WithJsonSchema({"type": "array", "items": {"enum": list(FACTS)}}),
+    Hint("list", "NAME ..."),
 ]
 FolderName = Annotated[str | None, BeforeValidator(parse_folder_name)]
 SingleRate = Annotated[float | None, BeforeValidator(parse_single_rate), Hint("list", "NUMBER")]

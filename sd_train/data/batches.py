@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ from sd_train.data.index import ImageIndex
 from sd_train.data.order import MicroBatch, Order
 from sd_train.data.record import ImageRecord
 from sd_train.diffusion.draws import Draws
-from sd_train.types import Batch, Progress, Update
+from sd_train.errors import DataError, UserError
+from sd_train.types import QUARANTINE, Batch, Progress, Update
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,17 +151,31 @@ class Updates:
             ))
         return found
 
+    def largest(self, progress: Progress, end: int) -> Update:
+        """The micro-batch with the most pixels of the epoch that `progress` stands in, or of the first one after it
+        that has any, as an update of its own, once for each rank; nothing of the training goes by it."""
+        areas = [np.array(index.buckets, np.int64).prod(axis=1)[index.bucket_of] for index in self.indexes]
+        epoch, slot = progress.epoch, None
+        while slot is None:
+            slot, epoch = self.order.epoch(epoch).heaviest(areas), epoch + 1
+        task = _Task(progress.step, slot, self.settings.rank * len(slot.records), self.settings.rank, False, end)
+        samples = slot.planned * self.settings.world
+        return Update(progress.step, epoch - 1, 0, False, samples, map(self._prepare, [task]))
+
     def starting_at(self, progress: Progress, end: int) -> Iterator[Update]:
-        """Updates from `progress` on until `end` (over all runs of the training), endlessly over epochs."""
+        """Updates from `progress` on until `end` (over all runs of the training), endlessly over epochs.
+
+        Those in the quarantine of `progress` keep their number and have neither samples nor batches.
+        """
         settings = self.settings
         workers = min(settings.workers, 1) if self.cache is not None else settings.workers
         if not workers:
-            for update, tasks in self._planned(progress.step, progress.epoch, progress.index, end):
+            for update, tasks in self._planned(progress, end):
                 update.batches = map(self._prepare, tasks)
                 yield update
             return
         with ThreadPoolExecutor(workers, thread_name_prefix="batches") as pool:
-            planned = self._planned(progress.step, progress.epoch, progress.index, end)
+            planned = self._planned(progress, end)
             ahead: deque[tuple[Update, list[Future[Batch]]]] = deque()
 
             def submit(count: int) -> None:
@@ -176,13 +192,16 @@ class Updates:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _planned(self, step: int, epoch: int, index: int, end: int) -> Iterator[tuple[Update, list[_Task]]]:
+    def _planned(self, progress: Progress, end: int) -> Iterator[tuple[Update, list[_Task]]]:
+        step, epoch, index = progress.step, progress.epoch, progress.index
+        left_out = {entry["step"] for entry in progress.extra.get(QUARANTINE, ())}
         while step < end:
             count = self.updates_in(epoch)
             while index < count and step < end:
                 order = self.order.epoch(epoch)
                 first = index * self.per_update
-                slots = [order.batch(number) for number in range(first, min(first + self.per_update, len(order)))]
+                stop = first if step in left_out else min(first + self.per_update, len(order))
+                slots = [order.batch(number) for number in range(first, stop)]
                 samples = sum(slot.planned for slot in slots)
                 last = index + 1 == count
                 yield Update(step, epoch, index, last, samples, iter(())), self._tasks(step, slots, end)
@@ -201,9 +220,18 @@ class Updates:
         return tasks
 
     def _prepare(self, task: _Task) -> Batch:
+        """The micro-batch of `task`.
+
+        Raises:
+            DataError: if it cannot be made; it names the file, or those that it may be.
+        """
+        index = self.indexes[task.slot.dataset]
+        records = [index.record(row) for row in task.slot.records.tolist()]
+        with _naming(records):
+            return self._batch(task, records)
+
+    def _batch(self, task: _Task, records: list[ImageRecord]) -> Batch:
         settings, slot = self.settings, task.slot
-        index = self.indexes[slot.dataset]
-        records = [index.record(row) for row in slot.records.tolist()]
         # What is random about a sample goes by the epoch that it belongs to, which may be before the running one.
         samples = list(zip(records, slot.epochs.tolist(), slot.repeats.tolist(), strict=True))
         views = [sample_view(record, settings.seed, epoch, repeat) for record, epoch, repeat in samples]
@@ -239,9 +267,27 @@ class Updates:
         )
 
 
+@contextmanager
+def _naming(records: Sequence[ImageRecord]) -> Iterator[None]:
+    """Whatever goes wrong inside is told with the images' names: it may happen in a thread, hours after the start."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as problem:
+        names = ", ".join(dict.fromkeys(printable(str(record.path)) for record in records))
+        raise DataError(
+            f"{names}: cannot be prepared ({type(problem).__name__}: {problem}); look at it with sd-train doctor, or "
+            "leave it out"
+        ) from problem
+
+
 def _pictures(records: Sequence[ImageRecord], views: Sequence[View]) -> tuple[Tensor, Tensor | None]:
     """Pixels [B, 3, H, W], and the masks [B, H / 8, W / 8] if there is any, with ones for pictures without."""
-    pictures = [prepare(record, view) for record, view in zip(records, views, strict=True)]
+    pictures = []
+    for record, view in zip(records, views, strict=True):
+        with _naming([record]):
+            pictures.append(prepare(record, view))
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
     masks = [picture.mask for picture in pictures]
     shape = next((mask.shape for mask in masks if mask is not None), None)

@@ -117,7 +117,10 @@ def list_images(folder: Folder, extension: str, others: Sequence[str]) -> Listin
 
 def _is_file(entry: os.DirEntry[bytes]) -> bool:
     """As in `folders.list_folder`: a link to nothing counts, so that reading it is an error."""
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        return True
 
 
 def _system(names: Sequence[bytes]) -> Sequence[bytes]:

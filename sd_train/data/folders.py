@@ -69,7 +69,7 @@ def list_folder(path: Path) -> Folder:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 folders.append(entry.name)
             elif not _is_file(entry):
                 continue
@@ -91,9 +91,20 @@ def holds_image(path: Path) -> bool:
         )
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _is_file(entry: os.DirEntry[str]) -> bool:
     """Whether `entry` is a regular file, or a link to one; a link to nothing counts, so that reading it is an error."""
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        # Links that lead to one another lead to nothing.
+        return True
 
 
 def no_images(where: str, path: Path) -> Problem:

@@ -102,6 +102,21 @@ class EpochOrder:
         run = part.run
         return MicroBatch(dataset, run.records[rows], run.repeats[rows], run.epochs[rows], shares, stop - start)
 
+    def heaviest(self, areas: Sequence[Numbers]) -> MicroBatch | None:
+        """The micro-batch with the most pixels; None where the epoch has none.
+
+        `areas`: of each dataset [N] pixels that its images have in their buckets.
+        """
+        best, found = 0, None
+        for dataset, (part, area) in enumerate(zip(self.parts, areas, strict=True)):
+            if not len(part.starts):
+                continue
+            pixels = np.maximum(part.stops - part.starts, part.fill_to) * area[part.run.records[part.starts]]
+            place = int(pixels.argmax())
+            if int(pixels[place]) > best:
+                best, found = int(pixels[place]), place + int(self.firsts[dataset])
+        return None if found is None else self.batch(int(np.flatnonzero(self.shuffled == found)[0]))
+
     def find(self, dataset: int, record: int) -> list[Place]:
         """Every row that shows `record` of `dataset`, in the order of training."""
         part, found = self.parts[dataset], list[Place]()

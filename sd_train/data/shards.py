@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import time
@@ -34,6 +35,9 @@ FORMAT = "sd_train rows 1"
 SUFFIX = ".safetensors"
 UNIT = 4096
 MOST_HEADER = 100_000_000
+_SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+          "uint8": 1, "bool": 1}  # fmt: skip
+"""Bytes of a number of each dtype that rows may have, as torch spells it."""
 _LANES = UNIT // 8
 # Odd, so that a single changed bit always changes the sum.
 _FACTORS = np.random.PCG64(0x5D).random_raw(_LANES) | np.uint64(1)
@@ -157,8 +161,10 @@ def read_head(path: Path) -> ShardHead:
             count, row_bytes = header["rows"]["shape"]
             if not all(isinstance(number, int) and 0 < number <= file_bytes for number in (count, row_bytes)):
                 raise BadShard("its header is damaged")
+            if not all(_is_sound(part, row_bytes) for part in layout):
+                raise BadShard("its layout is not that of its rows")
             start = 8 + length + 24 * count
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise BadShard("its header is damaged, or it is no cache file") from None
         if file_bytes != start + count * row_bytes:
             raise BadShard(f"it has {file_bytes:,} bytes in place of {start + count * row_bytes:,}")
@@ -167,6 +173,16 @@ def read_head(path: Path) -> ShardHead:
     if metadata.get("digest") != _digest(metadata["layout"], row_bytes, keys, sums):
         raise BadShard("its keys or checksums are damaged")
     return ShardHead(layout, keys, sums, start, row_bytes, file_bytes)
+
+
+def _is_sound(part: Part, row_bytes: int) -> bool:
+    """Whether a tensor of that dtype and shape has its place within a row."""
+    counts = (*part.shape, part.start, part.size)
+    if not all(type(number) is int and 0 <= number <= row_bytes for number in counts) or part.dtype not in _SIZES:
+        return False
+    return isinstance(part.name, str) and (
+        part.start + part.size <= row_bytes and math.prod(part.shape) * _SIZES[part.dtype] == part.size
+    )
 
 
 def read_rows(path: Path, head: ShardHead, first: int, count: int) -> Bytes:

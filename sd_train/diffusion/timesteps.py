@@ -112,6 +112,10 @@ class Importance:
         mean = squares / counts.clamp(min=1.0)
         before = torch.where(self.moments > 0, self.moments, mean)
         self.moments = torch.where(counts > 0, before.lerp(mean, 1.0 - self.decay), self.moments)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was noted since the last update."""
         self._squares.zero_()
         self._counts.zero_()
 

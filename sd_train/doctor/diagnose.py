@@ -21,7 +21,7 @@ from sd_train.doctor.looks import Look, look_at
 from sd_train.doctor.survey import Survey, take_survey
 from sd_train.errors import ConfigError, DataError
 from sd_train.families.text import ChunkTokenizer
-from sd_train.families.tokenizer import load_clip_tokenizer
+from sd_train.families.tokenizer import clip_tokenizer
 
 _NO_EXTENSION = ".no_caption_file_ends_like_this"
 
@@ -108,7 +108,7 @@ def diagnose(
 
 @cache
 def _tokenizer() -> ChunkTokenizer:
-    return ChunkTokenizer(load_clip_tokenizer())
+    return ChunkTokenizer(clip_tokenizer())
 
 
 def unreadable(error: ConfigError, token_limit: int) -> Diagnosis:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd_train.config.textfile import read_text
 from sd_train.errors import ModelError
-from sd_train.families.keys import published_text_name, unet_shape_of
+from sd_train.families.keys import check_numbers, published_text_name, unet_shape_of
 from sd_train.families.keys_original import TensorPair, clip_pairs, current_vae_name, unet_pairs, vae_pairs
 from sd_train.families.pickles import read_pickled_tensors
 from sd_train.families.published import FamilyName
@@ -21,6 +22,10 @@ _VARIANTS = ("", ".fp16", ".bf16", ".fp32")
 """What stands before `.safetensors` in the files' names; the first that is there is read."""
 
 _ROLES = ("text_encoder", "text_encoder_2")
+_MOST_LAYERS = 100
+"""Of a network, or of a block; no network that is known has half of it."""
+_MOST_LEVELS = 16
+"""Of a network; those that are known have up to four."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ def _check_unet(folder: Path, config: dict[str, Any]) -> None:
 def _checked(folder: Path, config: dict[str, Any], source: RenamedSource) -> Part:
     """The part, if it has every tensor that its configuration asks for and no other."""
     try:
-        pairs = list(_pairs(folder.name, config))
+        check_config(folder.name, config)
+        pairs = list(_pairs(folder.name, config, len(source.names())))
     except (KeyError, TypeError, ValueError, IndexError) as problem:
         raise ModelError(f"{folder / 'config.json'}: is not understood ({problem!r}); download it again") from None
     known = {name for pair in pairs for name in pair.published}
@@ -129,9 +135,45 @@ def _checked(folder: Path, config: dict[str, Any], source: RenamedSource) -> Par
     return Part(config, source)
 
 
-def _pairs(name: str, config: dict[str, Any]) -> Iterable[TensorPair]:
+def check_config(network: str, config: dict[str, Any]) -> None:
+    """Look at what is used before the networks are built; channels that are not told are diffusers' usual ones.
+
+    Raises:
+        ValueError: for what is no number where it must be one, and for so many layers that their names alone would fill
+            the memory.
+    """
+    if network not in _ROLES:
+        name = "in_channels" if network.startswith("unet") else "latent_channels"
+        if type(count := config.setdefault(name, 4)) is not int or count < 1:
+            raise ValueError(f"{name} = {str(count)[:40]!r}")
+    scale = config.get("scaling_factor", 1.0)
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scaling_factor = {str(scale)[:40]!r}")
+    names = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block")
+    todo = [config.get(name) for name in (*names, "reverse_transformer_layers_per_block")]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list | tuple):
+            _check_levels(value)
+            todo += value
+        elif isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(f"{value} layers")
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        _check_levels(config.get(name, ()))
+
+
+def _check_levels(value: Sized) -> None:
+    if len(value) > _MOST_LEVELS:
+        raise ValueError(f"{len(value)} levels")
+
+
+def _pairs(name: str, config: dict[str, Any], tensors: int) -> Iterable[TensorPair]:
+    """The names of network `name`, which `tensors` tensors are there for."""
     if name in ("unet", "unet_ema"):
-        return unet_pairs(unet_shape_of(config))
+        shape = unet_shape_of(config)
+        # Each number within its limits, their product may still be millions.
+        check_numbers(sum(map(sum, (*shape.down, *shape.up))), tensors, "transformer blocks")
+        return unet_pairs(shape)
     if name not in _ROLES:
         return vae_pairs(len(config["block_out_channels"]), config.get("layers_per_block", 1))
     pairs = clip_pairs(config["num_hidden_layers"])
@@ -187,7 +229,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_text(path, ModelError))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: is no JSON table; download it again")

@@ -6,6 +6,7 @@ dropped `text_model.` inside CLIP), published files keep the old names.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -194,6 +195,7 @@ def unet_shape_of_names(unet: Collection[str]) -> UNetShape:
 def _depths(unet: Iterable[str], blocks: str) -> dict[int, int]:
     """Number of transformer blocks in each of `blocks`."""
     found: dict[int, int] = {}
+    tensors: Counter[int] = Counter()
     inner = 2 if blocks == "middle_block" else 3
     for name in unet:
         path = name.split(".")
@@ -201,7 +203,20 @@ def _depths(unet: Iterable[str], blocks: str) -> dict[int, int]:
             block = int(path[1])
             deep = int(path[inner + 1]) + 1 if path[inner : inner + 1] == ["transformer_blocks"] else 0
             found[block] = max(found.get(block, 0), deep)
+            tensors[block] += 1
+    for block, deep in found.items():
+        check_numbers(deep, tensors[block], f"transformer blocks in {blocks}.{block}")
     return found
+
+
+def check_numbers(count: int, tensors: int, what: str) -> None:
+    """Whether so many can be made of `tensors`, before a table with the names of all is made.
+
+    Raises:
+        ValueError: if not: a single number in a name may promise any count.
+    """
+    if count > tensors:
+        raise ValueError(f"{count} {what} cannot be made of {tensors} tensors")
 
 
 _VAE_RESNET = (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"))

@@ -282,10 +282,10 @@ def make_tokenizer(parts: ModelParts, role: str, vocabulary: int, pad_token: str
     """
     from transformers import CLIPTokenizer
 
-    from sd_train.families.tokenizer import load_clip_tokenizer
+    from sd_train.families.tokenizer import clip_tokenizer
 
     if vocabulary == VOCABULARY_SIZE:
-        return ChunkTokenizer(load_clip_tokenizer(pad_token))
+        return ChunkTokenizer(clip_tokenizer(pad_token))
     named = f"{model_named(parts.origin)}: the {TITLES[role]}"
     known = f"{named} knows {vocabulary} tokens instead of CLIP's {VOCABULARY_SIZE}"
     folder = parts.tokenizers.get(role.replace("text_encoder", "tokenizer"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -15,7 +16,9 @@ from sd_train.families.parts import ModelParts, fitting_scheduler
 from sd_train.families.published import PAD_TOKENS
 from sd_train.families.sources import CastSource, Part
 from sd_train.families.streaming import put_safetensors
-from sd_train.families.tokenizer import CONTEXT_LENGTH, END, START, clip_vocabulary
+from sd_train.families.tokenizer import CONTEXT_LENGTH, END, START, VOCABULARY_SIZE, clip_vocabulary
+
+_LOG = logging.getLogger(__name__)
 
 _CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -25,6 +28,12 @@ _CLASSES = {
 }
 
 _INPAINTING_CHANNELS = 9
+
+_TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+"""Every file that transformers writes for a CLIP tokenizer; nothing else goes from a base model's into a saved one."""
 
 
 def fill_model_folder(folder: Path, parts: ModelParts, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
@@ -44,10 +53,10 @@ def fill_model_folder(folder: Path, parts: ModelParts, dtype: torch.dtype | None
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     for role, name in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if role in parts.parts:
+            (folder / name).mkdir()
             own = parts.tokenizers.get(name)
-            if own is not None:
-                shutil.copytree(own, folder / name)
-            else:
+            whole = own is not None and _copy_tokenizer(own, folder / name)
+            if not whole and (own is None or parts.parts[role].config.get("vocab_size") == VOCABULARY_SIZE):
                 _write_tokenizer(folder / name, PAD_TOKENS[role][parts.family])
     _write_json(folder / "model_index.json", _index(parts, scheduler["_class_name"]))
 
@@ -86,9 +95,30 @@ def _index(parts: ModelParts, scheduler: str) -> dict[str, Any]:
     return index
 
 
+def _copy_tokenizer(own: Path, folder: Path) -> bool:
+    """Copy the tokenizer of the base model in `own`; whether its vocabulary is among what could be copied.
+
+    A saved model goes to others: links that lead out of the base model are not followed, as its author may have put
+    them there. Those of the hub's cache lead to its `blobs`.
+    """
+    place = own.resolve()
+    homes = [place, place.parent]
+    homes += [each.parent / "blobs" for each in place.parents if each.name == "snapshots"]
+    for name in _TOKENIZER_FILES:
+        file = own / name
+        if not file.is_file():
+            continue
+        real = file.resolve()
+        if not any(real.is_relative_to(home) for home in homes):
+            _LOG.warning("%s: leads out of the model's folder and is not saved with the model", file)
+            continue
+        shutil.copyfile(real, folder / name)
+    vocabularies = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    return any(all((folder / name).exists() for name in names) for names in vocabularies)
+
+
 def _write_tokenizer(folder: Path, pad_token: str) -> None:
     """CLIP's tokenizer in the files that every release of transformers reads."""
-    folder.mkdir()
     vocabulary = clip_vocabulary()
     (folder / "vocab.json").write_bytes(json.dumps(vocabulary.ids, ensure_ascii=False).encode())
     merges = "".join(f"{first} {second}\n" for first, second in vocabulary.merges)

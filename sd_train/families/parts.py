@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd_train.errors import ModelError
-from sd_train.families.folders import read_folder
+from sd_train.families.folders import check_config, read_folder
 from sd_train.families.hub import find_model
 from sd_train.families.published import TITLES, FamilyName, Prediction, published_config, scheduler_config
 from sd_train.families.recognise import NotRecognisedError, ema_table, recognise
@@ -27,6 +27,7 @@ from sd_train.families.vae import read_vae
 
 __all__ = [
     "CONFIG_ENTRY",
+    "TOLD_BY_NOTHING",
     "Form",
     "ModelKind",
     "ModelParts",
@@ -42,6 +43,21 @@ Form = Literal["safetensors", "ckpt", "diffusers"]
 
 CONFIG_ENTRY = "sd_train.config"
 """Metadata entry: what the tensors do not tell, as JSON: fields of the networks' configurations, the scheduler's."""
+
+
+TOLD_BY_NOTHING = {
+    "unet": (
+        "attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps", "act_fn", "flip_sin_to_cos",
+        "freq_shift", "sample_size", "upcast_attention", "addition_time_embed_dim", "mid_block_scale_factor",
+        "only_cross_attention", "dual_cross_attention", "resnet_time_scale_shift", "downsample_padding",
+    ),
+    "vae": ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "force_upcast"),
+    "text": (
+        "num_attention_heads", "hidden_act", "layer_norm_eps", "projection_dim", "bos_token_id", "eos_token_id",
+        "pad_token_id",
+    ),
+}  # fmt: skip
+"""Fields of configurations that neither names nor shapes of tensors tell: no others stand under `CONFIG_ENTRY`."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +190,13 @@ def _read_file(request: ModelRequest, path: Path) -> ModelParts:
         leftovers = {name for name in leftovers if not name.startswith("model_ema.")}
     noted = _noted(metadata, path)
     configs = {name: {**part.config, **noted.get(name, {})} for name, part in layout.parts.items()}
+    for name, config in configs.items():
+        try:
+            check_config(name, config)
+        except (TypeError, ValueError) as problem:
+            raise ModelError(
+                f"{path}: its metadata {CONFIG_ENTRY} are not understood ({name}: {problem}); download it again"
+            ) from None
     parts = {name: Part(configs[name], RenamedSource(source, table)) for name, table in tables.items()}
     told = layout.prediction or _of_metadata(metadata)
     form: Form = "safetensors" if isinstance(source, SafetensorsSource) else "ckpt"
@@ -188,10 +211,17 @@ def _noted(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]
     """What our own files note beside the tensors, by role."""
     try:
         entries = json.loads(metadata.get(CONFIG_ENTRY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict) or not all(isinstance(fields, dict) for fields in entries.values()):
         raise ModelError(f"{path}: its metadata {CONFIG_ENTRY} is no JSON table; write the file again")
+    for role, fields in entries.items():
+        known = TOLD_BY_NOTHING.get("text" if role in ("text_encoder", "text_encoder_2") else role, ())
+        if role != "scheduler" and (strange := sorted(fields.keys() - set(known))):
+            raise ModelError(
+                f"{path}: its metadata {CONFIG_ENTRY} set {role}.{strange[0]}, which nothing reads there; download it "
+                "again, or write it again without that entry"
+            )
     return entries
 
 

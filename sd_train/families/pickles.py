@@ -92,13 +92,30 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds no table of tensors; expected a model checkpoint")
     texts = metadata.items() if isinstance(metadata, dict) else ()
+    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    for name, tensor in tensors.items():
+        if not _is_stored(tensor):
+            raise ModelError(
+                f"{path}: {name!r} of shape {tuple(tensor.shape)} has more numbers than the file holds for it; "
+                "download it again, or save it anew with .contiguous()"
+            )
     return (
-        {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)},
+        tensors,
         {key: text for key, text in texts if isinstance(key, str) and isinstance(text, str)},
     )
 
 
+def _is_stored(tensor: Tensor) -> bool:
+    """Whether each of its numbers can have a place of its own; a stride of 0 makes many of one."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
 def _content(path: Path) -> Any:
+    if not path.is_file():
+        # A pipe would be waited for.
+        raise ModelError(f"{path}: is no regular file; give a model checkpoint")
     # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
     zipped = zipfile.is_zipfile(path)
     broken = f"{path}: cannot be read as a PyTorch file (%s); download it again"

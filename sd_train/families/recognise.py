@@ -10,6 +10,7 @@ from sd_train.families.keys import (
     UNET_PREFIX,
     VAE_PREFIX,
     UNetShape,
+    check_numbers,
     published_text_name,
     unet_shape_of_names,
 )
@@ -299,6 +300,8 @@ def vae_part(source: TensorSource, prefix: str, family: FamilyName) -> PartLayou
             raise NotRecognisedError(f"half a VAE: it has no {half}; give a whole one")
     levels = 1 + max((int(name.split(".")[2]) for name in names if name.startswith("encoder.down.")), default=0)
     layers = 1 + max((int(n.split(".")[4]) for n in names if n.startswith("encoder.down.0.block.")), default=0)
+    check_numbers(levels, len(names), "levels")
+    check_numbers(levels * layers, len(names), "residual blocks")
     config = published_config("vae", family)
     config |= {
         "block_out_channels": [
@@ -330,6 +333,7 @@ def clip_config(source: TensorSource, family: FamilyName, role: str) -> dict[str
     config["hidden_size"], config["vocab_size"] = width, vocabulary
     config["num_attention_heads"] = max(1, width // HEAD_WIDTH)
     config["intermediate_size"] = source.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0]
+    check_numbers(1 + max(layers), len(layers), "layers of a text encoder")
     config["num_hidden_layers"] = 1 + max(layers)
     config["max_position_embeddings"] = source.shape("text_model.embeddings.position_embedding.weight")[0]
     if "text_projection.weight" in names:
@@ -344,6 +348,7 @@ def _open_clip_part(source: TensorSource, prefix: str, family: FamilyName) -> tu
     names = set(source.names())
     blocks = [int(name.split(".")[2]) for name in names if name.startswith("transformer.resblocks.")]
     layers = 1 + max(blocks)
+    check_numbers(layers, len(blocks), "layers of a text encoder")
     extras = ["logit_scale"]
     if family == "sd2":
         # 2.x uses the last layer but one, so transformers' folders lack the last. A file with the projection behind

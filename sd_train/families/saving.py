@@ -24,7 +24,7 @@ from sd_train.families.keys_original import (
     vae_pairs,
 )
 from sd_train.families.layout_folder import fill_model_folder
-from sd_train.families.parts import CONFIG_ENTRY, ModelParts, fitting_scheduler, with_prediction
+from sd_train.families.parts import CONFIG_ENTRY, TOLD_BY_NOTHING, ModelParts, fitting_scheduler, with_prediction
 from sd_train.families.pickles import write_pickled
 from sd_train.families.published import PREDICTION_WORDS, scheduler_config
 from sd_train.families.recognise import V_PREDICTION_MARKER, ZERO_SNR_MARKER, NotRecognisedError, recognise
@@ -34,20 +34,6 @@ from sd_train.files import write_folder, write_whole
 
 SaveForm = Literal["safetensors", "ckpt", "diffusers", "diffusers_safetensors"]
 """`--save_model_as`; both kinds of folders hold safetensors: pickles are only written where `ckpt` is asked for."""
-
-_TOLD_BY_NOTHING = {
-    "unet": (
-        "attention_head_dim", "num_attention_heads", "norm_num_groups", "norm_eps", "act_fn", "flip_sin_to_cos",
-        "freq_shift", "sample_size", "upcast_attention", "addition_time_embed_dim", "mid_block_scale_factor",
-        "only_cross_attention", "dual_cross_attention", "resnet_time_scale_shift", "downsample_padding",
-    ),
-    "vae": ("act_fn", "norm_num_groups", "sample_size", "scaling_factor", "force_upcast"),
-    "text": (
-        "num_attention_heads", "hidden_act", "layer_norm_eps", "projection_dim", "bos_token_id", "eos_token_id",
-        "pad_token_id",
-    ),
-}  # fmt: skip
-"""Fields of configurations that neither names nor shapes of tensors tell."""
 
 _NOT_NOTED: dict[str, Any] = {"upcast_attention": False, "force_upcast": True, "only_cross_attention": False,
                               "dual_cross_attention": False, "resnet_time_scale_shift": "default"}  # fmt: skip
@@ -143,7 +129,7 @@ def _noted(parts: ModelParts, source: TensorSource) -> dict[str, str]:
     noted: dict[str, dict[str, Any]] = {}
     for role, part in parts.parts.items():
         inferred, actual = told.get(role, {}), json.loads(json.dumps(dict(part.config), default=list))
-        for field in _TOLD_BY_NOTHING["text" if role.startswith("text") else role]:
+        for field in TOLD_BY_NOTHING["text" if role.startswith("text") else role]:
             value = actual.get(field)
             if parts.family == "sd2" and field == "projection_dim":
                 continue

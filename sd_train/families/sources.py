@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from sd_train.errors import ModelError
 from sd_train.families.pickles import read_pickled
+from sd_train.families.tensor_header import read_header
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ DTYPES = {
 In the order in which the library puts tensors into a file.
 """
 
-_LONGEST_HEADER = 100_000_000
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 class TensorSource(Protocol):
@@ -89,21 +89,12 @@ class SafetensorsSource:
 
     def _add(self, path: Path) -> None:
         try:
-            entries, start, size = _header(path)
-            metadata = entries.pop("__metadata__", None) or {}
-            self.metadata |= {str(key): str(value) for key, value in metadata.items()}
-            for name, entry in entries.items():
-                first, last = entry["data_offsets"]
-                shape = tuple(int(length) for length in entry["shape"])
-                dtype = DTYPES[entry["dtype"]]
-                if last - first != math.prod(shape) * dtype.itemsize or first < 0:
-                    raise ValueError(f"{name} has a place of the wrong size")
-                if start + last > size:
-                    raise ValueError("it ends early")
-                self._places[name] = _Place(path, start + first, dtype, shape)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
-            reason = f"unknown dtype {problem}" if isinstance(problem, KeyError) else str(problem)
-            raise ModelError(f"{path}: cannot be read as safetensors ({reason}); download it again") from None
+            entries, metadata = read_header(path, _SIZES)
+        except (ValueError, OSError) as problem:
+            raise ModelError(f"{path}: cannot be read as safetensors ({problem}); download it again") from None
+        self.metadata |= metadata
+        for name, entry in entries.items():
+            self._places[name] = _Place(path, entry.start, DTYPES[entry.dtype], entry.shape)
 
     def names(self) -> list[str]:
         return list(self._places)
@@ -133,22 +124,6 @@ class SafetensorsSource:
         except OSError as problem:
             raise ModelError(f"{place.path}: {name} cannot be read ({problem}); download it again") from None
         return data.view(place.dtype).view(place.shape)
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The JSON at the file's start, where the tensors' bytes begin, the file's size."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > _LONGEST_HEADER:
-            raise ValueError("it has no header")
-        text = file.read(length)
-    if len(text) < length:
-        raise ValueError("it ends early")
-    entries = json.loads(text)
-    if not isinstance(entries, dict):
-        raise ValueError("its header is no table")
-    return entries, 8 + length, size
 
 
 @dataclass(frozen=True)
@@ -256,12 +231,15 @@ class CastSource:
         return self.to if self.to is not None and stored.is_floating_point else stored
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`; a warning tells of numbers that fp16 cannot hold."""
+        """The tensor `name`; numbers that fp16 cannot hold become the largest that it can, with a warning."""
         tensor, dtype = self.base.read(name), self.dtype(name)
         cast = tensor.to(dtype)
         if dtype == torch.float16 and tensor.dtype != dtype and cast.isinf().any() and not tensor.isinf().any():
-            largest = tensor.abs().max().item()
-            _LOG.warning("%s: holds %.3g, which fp16 cannot hold; save it as bf16 or float", name, largest)
+            largest, most = tensor.abs().max().item(), torch.finfo(dtype).max
+            _LOG.warning(
+                "%s: holds %.3g, which fp16 cannot hold and becomes %g; save it as bf16 or float", name, largest, most
+            )
+            return tensor.clamp(-most, most).to(dtype)
         return cast
 
 

@@ -56,6 +56,12 @@ def clip_vocabulary() -> ClipVocabulary:
     return ClipVocabulary({symbol: place for place, symbol in enumerate(symbols)}, merges)
 
 
+@lru_cache(maxsize=2)
+def clip_tokenizer(pad_token: str = END) -> CLIPTokenizer:
+    """As `load_clip_tokenizer`, made once a process, for all who add no tokens to it."""
+    return load_clip_tokenizer(pad_token)
+
+
 def load_clip_tokenizer(pad_token: str = END) -> CLIPTokenizer:
     """A new tokenizer equal to the published ones, without network and files other than the package's.
 

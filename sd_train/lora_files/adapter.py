@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -49,6 +50,9 @@ UNCOMPUTED: tuple[Kind, ...] = ("oft_diag",)
 
 _OF_THE_BASE: tuple[Kind, ...] = ("ia3", "glora", "oft")
 """Algorithms whose change depends on the model's own weight."""
+
+_MOST = 2**26
+"""Numbers that a product of factors may have: no weight of Stable Diffusion or SDXL has as many."""
 
 
 def kind_of(names: frozenset[str]) -> Kind | None:
@@ -111,8 +115,54 @@ def delta(adapter: Adapter) -> Tensor:
     [out, in] or [out, in, height, width]; some LyCORIS factors of convolutions only give [out, in * height * width].
 
     Raises:
-        ModelError: if the algorithm is not computed here.
+        ModelError: if the algorithm is not computed here, or the factors do not fit one another, or make more than any
+            weight has.
     """
+    with fitting(adapter):
+        _delta(_without_numbers(adapter))
+        return _delta(adapter)
+
+
+def _without_numbers(adapter: Adapter) -> Adapter:
+    """The shapes alone: what is computed of them takes neither time nor memory, and tells the shape that comes out."""
+    return replace(adapter, factors={name: tensor.to("meta") for name, tensor in adapter.factors.items()})
+
+
+class _TooLarge(ValueError):
+    """A product of factors is larger than any weight."""
+
+
+def _within(product: Tensor) -> Tensor:
+    """`product`, which may be of shapes alone; small factors may promise any size."""
+    if product.numel() > _MOST:
+        raise _TooLarge(f"the factors make a tensor of shape {tuple(product.shape)}, larger than any weight")
+    return product
+
+
+@contextmanager
+def fitting(adapter: Adapter) -> Iterator[None]:
+    """Says in words that a file's factors have shapes that cannot be multiplied.
+
+    Raises:
+        ModelError: in place of what torch raises.
+    """
+    try:
+        yield
+    except _TooLarge as problem:
+        raise ModelError(
+            f"{adapter.place.role}.{adapter.place.path}: {problem} of a known model; download the file again"
+        ) from None
+    except (RuntimeError, IndexError, ValueError) as problem:
+        if isinstance(problem, torch.OutOfMemoryError) or "memory" in str(problem):
+            raise
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(adapter.factors.items()))
+        raise ModelError(
+            f"{adapter.place.role}.{adapter.place.path}: the factors do not fit one another ({shapes}); download the "
+            "file again"
+        ) from None
+
+
+def _delta(adapter: Adapter) -> Tensor:
     factors = {name: tensor.float() for name, tensor in adapter.factors.items()}
     if adapter.kind == "lora":
         change = _product(factors[UP], _joined_down(factors))
@@ -142,7 +192,11 @@ def change(adapter: Adapter, base: Tensor, multiplier: float = 1.0) -> Tensor:
     Raises:
         ModelError: if the shapes do not fit, or the algorithm is not computed here.
     """
-    weight = base.float()
+    with fitting(adapter):
+        return _change(adapter, base.float(), multiplier)
+
+
+def _change(adapter: Adapter, weight: Tensor, multiplier: float) -> Tensor:
     if adapter.kind == "ia3":
         vector = adapter.factors["weight"].float().flatten()
         on_input = bool(adapter.factors["on_input"].flatten()[0])
@@ -154,13 +208,14 @@ def change(adapter: Adapter, base: Tensor, multiplier: float = 1.0) -> Tensor:
             raise ModelError(
                 f"{adapter.place.role}.{adapter.place.path}: {problem}; use a model of the LoRA's family"
             ) from None
-    own = _through(adapter, weight) if adapter.kind == "glora" else delta(adapter)
+    shapes = _without_numbers(adapter)
+    own = _through(shapes, weight.to("meta")) if adapter.kind == "glora" else _delta(shapes)
     if own.numel() != weight.numel() or own.shape[0] != weight.shape[0]:
         raise ModelError(
             f"{adapter.place.role}.{adapter.place.path}: the LoRA is for a weight of shape {tuple(own.shape)}, the "
             f"model's is {tuple(weight.shape)}; use a model of the family that the LoRA was trained on"
         )
-    own = own.view(weight.shape)
+    own = (_through(adapter, weight) if adapter.kind == "glora" else _delta(adapter)).view(weight.shape)
     if not adapter.is_dora:
         return multiplier * own
     return multiplier * (_decomposed(weight + own, adapter) - weight)
@@ -201,11 +256,11 @@ def _joined_down(factors: Mapping[str, Tensor]) -> Tensor:
     """[rank, in, ...]: the inner factor of Tucker's form multiplied into the one before it."""
     if MID not in factors:
         return factors[DOWN]
-    return torch.einsum("ijkl,jr->irkl", factors[MID], factors[DOWN].flatten(1))
+    return _within(torch.einsum("ijkl,jr->irkl", factors[MID], factors[DOWN].flatten(1)))
 
 
 def _product(up: Tensor, down: Tensor) -> Tensor:
-    flat = up.flatten(1) @ down.flatten(1)
+    flat = _within(up.flatten(1) @ down.flatten(1))
     return flat.view(up.shape[0], *down.shape[1:])
 
 
@@ -215,27 +270,28 @@ def _hadamard(factors: Mapping[str, Tensor]) -> Tensor:
     for number in (1, 2):
         first, second = factors[f"hada_w{number}_a"], factors[f"hada_w{number}_b"]
         inner = factors.get(f"hada_t{number}")
-        halves.append(first @ second if inner is None else _tucker(inner, first, second))
+        halves.append(_within(first @ second) if inner is None else _tucker(inner, first, second))
     return halves[0] * halves[1]
 
 
 def _kronecker(factors: Mapping[str, Tensor]) -> Tensor:
     """LoKr (Edalati et al. 2022, arXiv:2212.10650): a Kronecker product, its halves whole or low-rank."""
-    first = factors["lokr_w1"] if "lokr_w1" in factors else factors["lokr_w1_a"] @ factors["lokr_w1_b"]
+    first = factors["lokr_w1"] if "lokr_w1" in factors else _within(factors["lokr_w1_a"] @ factors["lokr_w1_b"])
     if "lokr_w2" in factors:
         second = factors["lokr_w2"]
     elif "lokr_t2" in factors:
         second = _tucker(factors["lokr_t2"], factors["lokr_w2_a"], factors["lokr_w2_b"])
     else:
-        second = factors["lokr_w2_a"] @ factors["lokr_w2_b"].flatten(1)
+        second = _within(factors["lokr_w2_a"] @ factors["lokr_w2_b"].flatten(1))
     if second.ndim == 4:
         first = first.view(*first.shape, 1, 1)
-    return torch.kron(first, second.contiguous())
+    return _within(torch.kron(first, second.contiguous()))
 
 
 def _tucker(inner: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """LyCORIS's core [rank, rank, height, width] with factors [rank, out] and [rank, in]."""
-    return torch.einsum("ijkl,jr,ip->prkl", inner, second, first)
+    half = _within(torch.einsum("ijkl,jr->irkl", inner, second))
+    return _within(torch.einsum("irkl,ip->prkl", half, first))
 
 
 def without_mid(adapter: Adapter) -> Adapter:
@@ -243,5 +299,7 @@ def without_mid(adapter: Adapter) -> Adapter:
     if MID not in adapter.factors:
         return adapter
     factors = {name: tensor for name, tensor in adapter.factors.items() if name != MID}
-    factors[DOWN] = _joined_down({name: tensor.float() for name, tensor in adapter.factors.items()})
+    with fitting(adapter):
+        _joined_down(_without_numbers(adapter).factors)
+        factors[DOWN] = _joined_down({name: tensor.float() for name, tensor in adapter.factors.items()})
     return replace(adapter, factors=factors)

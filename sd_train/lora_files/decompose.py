@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sd_train.lora_files.adapter import DOWN, UP, Adapter, without_mid
+from sd_train.lora_files.adapter import DOWN, UP, Adapter, fitting, without_mid
 from sd_train.lora_files.names import Place
 
 Method = Literal["sv_ratio", "sv_fro", "sv_cumulative"]
@@ -83,13 +83,18 @@ def resize(adapter: Adapter, rule: RankRule, device: torch.device) -> Decomposit
     """The factors of a plain LoRA module at another rank; alpha / rank stays (sd-scripts' resize_lora).
 
     The singular values are those of up @ down, without alpha / rank, as there.
+
+    Raises:
+        ModelError: if the factors do not fit one another.
     """
     plain = without_mid(adapter)
     up, down = (plain.factors[name].float().to(device) for name in (UP, DOWN))
     # With up = Qu Ru and down^T = Qd Rd, those of Ru Rd^T are the product's: a small matrix.
     left, left_rest = torch.linalg.qr(up.flatten(1))
     right, right_rest = torch.linalg.qr(down.flatten(1).T)
-    inner_left, values, inner_right = torch.linalg.svd(left_rest @ right_rest.T)
+    with fitting(adapter):
+        inner = left_rest @ right_rest.T
+    inner_left, values, inner_right = torch.linalg.svd(inner)
     factors = (left @ inner_left, values, inner_right @ right.T)
     shape = torch.Size((up.shape[0], *down.shape[1:]))
     return _cut(adapter.place, factors, shape, rule, adapter.scale, None)

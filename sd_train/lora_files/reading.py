@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -16,15 +16,12 @@ from sd_train.errors import ModelError
 from sd_train.families.pickles import read_pickled_tensors
 from sd_train.families.sources import DTYPES, DictSource, SafetensorsSource, TensorSource
 from sd_train.lora_files.adapter import DOWN, FACTORS, MAGNITUDE, UP, Adapter, Kind, kind_of
-from sd_train.lora_files.names import Place, diffusers_name, find_place
+from sd_train.lora_files.alphas import PEFT_METADATA, ToldAlphas
+from sd_train.lora_files.names import Place, find_place
 
 Format = Literal["kohya", "peft", "diffusers"]
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-PEFT_METADATA = "lora_adapter_metadata"
-ALPHAS = "sd_train_alphas"
-"""Metadata of our diffusers files: the alphas that are multiplied into the weights, as JSON by module."""
 
 _SUFFIXES: tuple[tuple[str, str, Format], ...] = (
     *((f".{name}", name, "kohya") for name in sorted(FACTORS - {"weight"}, key=len, reverse=True)),
@@ -95,9 +92,12 @@ class LoraFile:
             raise ModelError(f"{self.origin}: {place.role}.{place.path} lacks factors: {sorted(self.keys[place])}")
         factors = {factor: self.source.read(key) for factor, key in self.keys[place].items() if factor != "alpha"}
         alpha_key = self.keys[place].get("alpha")
-        alpha = None if alpha_key is None else float(self.source.read(alpha_key).flatten()[0])
+        alpha = None if alpha_key is None else self._number(alpha_key)
+        if kind == "lora" and factors[DOWN].ndim < 2:
+            shape = tuple(factors[DOWN].shape)
+            raise ModelError(f"{self.origin}: {self.keys[place][DOWN]} is no matrix ({shape}); download the file again")
         if kind == "lora" and alpha is None:
-            alpha, folded = self._told_alpha(place, factors[DOWN].shape[0])
+            alpha, folded = self._told.alpha(place, factors[DOWN].shape[0])
             if folded:
                 factors[UP] = (factors[UP].float() * (factors[DOWN].shape[0] / folded)).to(factors[UP].dtype)
         if MAGNITUDE in factors and self.keys[place][MAGNITUDE].find("lora_magnitude_vector") > 0:
@@ -105,46 +105,21 @@ class LoraFile:
             factors[MAGNITUDE] = factors[MAGNITUDE].reshape(-1, *[1] * (factors[DOWN].ndim - 1))
         return Adapter(place, kind, factors, alpha)
 
+    def _number(self, key: str) -> float:
+        if not all(self.source.shape(key)):
+            raise ModelError(f"{self.origin}: {key} holds no number; download the file again")
+        number = float(self.source.read(key).flatten()[0])
+        if not math.isfinite(number):
+            raise ModelError(f"{self.origin}: {key} is {number}, and no alpha is; download the file again")
+        return number
+
+    @cached_property
+    def _told(self) -> ToldAlphas:
+        return ToldAlphas.of(self.metadata, self.origin)
+
     def adapters(self) -> Iterator[Adapter]:
         """Every module's factors, one at a time."""
         return map(self.adapter, self.places())
-
-    def _told_alpha(self, place: Place, rank: int) -> tuple[float | None, float | None]:
-        """The alpha that metadata gives and, where it is multiplied into the weights, the same again."""
-        kept = json_table(self.metadata, ALPHAS).get(diffusers_name(place))
-        if kept:
-            return float(kept), float(kept)
-        config = json_table(self.metadata, PEFT_METADATA)
-        own = {
-            name.removeprefix(f"{place.role}."): value
-            for name, value in config.items()
-            if name.startswith(f"{place.role}.")
-        } or ({} if any(name.startswith(("unet.", "text_encoder")) for name in config) else config)
-        if "lora_alpha" not in own:
-            return None, None
-        alpha = float(_pattern(own.get("alpha_pattern"), place.path) or own["lora_alpha"])
-        # Rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) divides by the root.
-        return (alpha * math.sqrt(rank) if own.get("use_rslora") else alpha), None
-
-
-def json_table(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    """The table that metadata entry `name` holds as JSON; empty if it holds none."""
-    try:
-        table = json.loads(metadata.get(name, "{}"))
-    except ValueError:
-        return {}
-    return table if isinstance(table, dict) else {}
-
-
-def _pattern(patterns: Any, path: str) -> float | None:
-    """PEFT's rule: the first pattern that matches the end of the module's path from a dot on."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return float(value)
-        except re.error:
-            continue
-    return None
 
 
 def open_lora(path: Path, family: str | None = None) -> LoraFile:
@@ -232,7 +207,7 @@ def _shown_family(lora: LoraFile) -> str | None:
     """What names and shapes tell."""
     for place, keys in lora.keys.items():
         if place.role == "unet" and ".attn2.to_k" in place.path and DOWN in keys:
-            family = _WIDTHS.get(lora.source.shape(keys[DOWN])[1])
+            family = _WIDTHS.get(_inputs(lora, keys))
             if family is not None:
                 return family
     if any(place.role == "text_encoder_2" for place in lora.keys):
@@ -241,5 +216,10 @@ def _shown_family(lora: LoraFile) -> str | None:
         return "sdxl"
     for place, keys in lora.keys.items():
         if place.role == "text_encoder" and "self_attn" in place.path and DOWN in keys:
-            return {768: "sd1", 1024: "sd2"}.get(lora.source.shape(keys[DOWN])[1])
+            return {768: "sd1", 1024: "sd2"}.get(_inputs(lora, keys))
     return None
+
+
+def _inputs(lora: LoraFile, keys: Mapping[str, str]) -> int:
+    """How many numbers a module takes; 0 where its factor is no matrix."""
+    return next(iter(lora.source.shape(keys[DOWN])[1:]), 0)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from sd_train.errors import ModelError, RunError
-from sd_train.files import write_network
+from sd_train.families.streaming import write_network
 from sd_train.lora_files.adapter import DOWN, MAGNITUDE, UP, Adapter, without_mid
+from sd_train.lora_files.alphas import ALPHAS, PEFT_METADATA, json_table
 from sd_train.lora_files.names import Place, diffusers_name, kohya_name
-from sd_train.lora_files.reading import ALPHAS, PEFT_METADATA, LoraFile, json_table, lora_from_tensors
+from sd_train.lora_files.reading import LoraFile, lora_from_tensors
 
 OutputFormat = Literal["kohya", "diffusers"]
 

@@ -23,6 +23,10 @@ class Objective(Protocol):
         """Called after each optimizer step."""
         ...
 
+    def forget(self) -> None:
+        """Drop what the losses since the last `after_step` have left: their update is not made, or made anew."""
+        ...
+
     def figures(self) -> dict[str, float | Tensor]:
         """What is worth logging of the last update beside the loss, by the curves' full names."""
         ...

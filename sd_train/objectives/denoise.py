@@ -183,6 +183,13 @@ class Denoise:
         if self._prior is not None:
             self._figures = self._prior.figures()
 
+    def forget(self) -> None:
+        """Drop what the losses since the last `after_step` add to statistics and curves."""
+        if self.importance is not None:
+            self.importance.forget()
+        if self._prior is not None:
+            self._prior.forget()
+
     def figures(self) -> dict[str, float | Tensor]:
         """Curves beside the loss: with a prior its part of the loss, over all samples of the last update."""
         return self._figures

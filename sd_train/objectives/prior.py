@@ -32,7 +32,8 @@ class Preservation:
     def __init__(self, prior: Prior, family: Family, trainable: Trainable, device: Device, learns_text: bool) -> None:
         self.prior, self.family, self.trainable, self.device = prior, family, trainable, device
         self._learns_text = learns_text
-        self._class_rows: dict[str, Tensor] | None = None
+        self._class_rows: dict[int, dict[str, Tensor]] = {}
+        """What the base model makes of the class prompt, by how many times it stands there."""
         self._noted: list[Tensor] = []
 
     def before(self, batch: Batch, images: Mapping[str, Tensor], noisy: Tensor, timesteps: Tensor) -> Tensor:
@@ -42,19 +43,22 @@ class Preservation:
         autocast of its own, which remembers what weights it has cast until it ends.
         """
         with self.trainable.disabled(), torch.no_grad(), self.device.autocast():
-            if self._class_rows is None:
-                # The base model does not change, so neither does this.
-                self._class_rows = self.family.encode_texts([self.prior.prompt])
-            rows = _for_each(self._class_rows, len(noisy))
+            # The base model does not change, so neither does this.
+            if len(noisy) not in self._class_rows:
+                self._class_rows[len(noisy)] = self._encoded(len(noisy))
+            rows = self._class_rows[len(noisy)]
             target = self.family.predict(noisy, timesteps, self.family.condition(rows, images, batch.geometry))
         return target.float()
 
     def now(self, batch: Batch, images: Mapping[str, Tensor], noisy: Tensor, timesteps: Tensor) -> Tensor:
         """What the model predicts for the class as it stands."""
-        rows = self.family.encode_texts([self.prior.prompt]) if self._learns_text else self._class_rows
-        assert rows is not None
-        conditioning = self.family.condition(_for_each(rows, len(noisy)), images, batch.geometry)
+        rows = self._encoded(len(noisy)) if self._learns_text else self._class_rows[len(noisy)]
+        conditioning = self.family.condition(rows, images, batch.geometry)
         return self.family.predict(noisy, timesteps, conditioning)
+
+    def _encoded(self, count: int) -> dict[str, Tensor]:
+        """The class prompt, once for each sample: what dropout leaves out is a sample's own."""
+        return dict(self.family.encode_texts([self.prior.prompt] * count))
 
     def note(self, losses: Tensor, weight: Tensor) -> None:
         """Take in [B] losses of the class and [B] weights of their samples, for the curve."""
@@ -68,7 +72,7 @@ class Preservation:
         self._noted = []
         return {"loss/prior": kept / samples}
 
+    def forget(self) -> None:
+        """Drop what was noted."""
+        self._noted = []
 
-def _for_each(rows: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """One text's rows, `count` times."""
-    return {name: row.expand(count, *row.shape[1:]) for name, row in rows.items()}

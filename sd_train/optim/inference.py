@@ -29,7 +29,8 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # Going there and back by their own interpolation leaves rounding errors in the weights that are trained.
-    kept = [parameter.detach().clone() for parameter in parameters]
+    # They wait in main memory: what a GPU has left may be less than the weights.
+    kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     evaluate()
     try:
         yield

@@ -166,9 +166,8 @@ class TextualInversion:
 
     def save(self, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write sd-scripts' file, in the precision of the settings."""
-        precision = self.settings.precision or torch.float32
         tables = saved_tables(self.tensors() if tensors is None else tensors, self.blocks)
-        write_weights(path, {name: table.to(precision) for name, table in tables.items()}, metadata, hashes=False)
+        write_weights(path, tables, metadata, self.settings.precision, hashes=False)
 
 
 def _start(embedding: Embedding, family: Family) -> dict[str, Tensor]:

@@ -62,6 +62,8 @@ class _Switches:
     module_dropout: float = 0.0
     key: tuple[int, int] = (0, 0)
     """(update, micro-batch): dropout masks are drawn from these."""
+    rows: tuple[int, int, int] | None = None
+    """Of a part of a micro-batch: its first sample, its samples and those of the whole; None: it is whole."""
 
 
 class LoraModule(nn.Module):
@@ -126,8 +128,13 @@ class LoraModule(nn.Module):
     def _mask(self, purpose: str, shape: Sequence[int], share: float, like: Tensor) -> Tensor:
         """0 with probability `share`, else what keeps the mean."""
         generator = torch.Generator(like.device).manual_seed(self._drawn_from(purpose) % 2**63)
-        keep = 1.0 - share
-        drawn = torch.rand(tuple(shape), generator=generator, device=like.device)
+        keep, whole, part = 1.0 - share, shape[0], slice(None)
+        if self._switches.rows is not None:
+            # A part has the masks that its samples have in the whole; each has as many rows (chunks of a long caption).
+            first, count, samples = self._switches.rows
+            each = shape[0] // count
+            whole, part = samples * each, slice(first * each, (first + count) * each)
+        drawn = torch.rand((whole, *shape[1:]), generator=generator, device=like.device)[part]
         return (drawn < keep).to(like.dtype) / keep
 
 
@@ -205,6 +212,7 @@ class Lora:
     def before_batch(self, update: Update, batch: Batch) -> None:
         """Dropout masks are drawn from (update, micro-batch over all ranks)."""
         self._switches.key = (update.step, batch.micro)
+        self._switches.rows = None if batch.rows is None else (batch.rows[0], len(batch.keys), batch.rows[1])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -233,7 +241,7 @@ class Lora:
         """`KEY.lora_down.weight`, `KEY.lora_up.weight` and `KEY.alpha` of every module."""
         tensors: dict[str, Tensor] = {}
         for name, module in self._all().items():
-            tensors[f"{name}.alpha"] = torch.tensor(module.alpha)
+            tensors[f"{name}.alpha"] = torch.tensor(float(module.alpha))
             tensors[f"{name}.lora_down.weight"] = module.down.detach()
             tensors[f"{name}.lora_up.weight"] = module.up.detach()
         return tensors
@@ -258,6 +266,4 @@ class Lora:
 
     def save(self, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write kohya's file, in the precision of the settings, with its hashes."""
-        precision = self.settings.precision or torch.float32
-        chosen = self.tensors() if tensors is None else tensors
-        write_weights(path, {name: tensor.to(precision) for name, tensor in chosen.items()}, metadata)
+        write_weights(path, self.tensors() if tensors is None else tensors, metadata, self.settings.precision)

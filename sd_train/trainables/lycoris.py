@@ -181,7 +181,5 @@ class Lycoris:
 
     def save(self, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Write LyCORIS's file, in the precision of the settings, with its hashes."""
-        precision = self.settings.precision or torch.float32
         chosen = self.file_tensors(self.tensors() if tensors is None else tensors)
-        written = {name: tensor.to(precision) for name, tensor in chosen.items() if tensor.is_floating_point()}
-        write_weights(path, chosen | written, metadata)
+        write_weights(path, chosen, metadata, self.settings.precision)
