@@ -336,6 +336,9 @@ def sample_files(folder: Path) -> dict[str, bytes]:
     import torch
     from safetensors.torch import save
 
+    from sd_train.demo.tiny_model import make_tiny_parts
+    from sd_train.families.saving import save_model
+
     def tensor(*shape: int) -> torch.Tensor:
         return torch.zeros(shape)
 
@@ -346,11 +349,10 @@ def sample_files(folder: Path) -> dict[str, bytes]:
                  f"{module}{name}.alpha": torch.tensor(2.0)}  # fmt: skip
     kinds = {"tensors": {"a": tensor(2, 3), "b": tensor(4), "c": tensor()}, "lora": lora,
              "embedding": {"clip_l": tensor(2, 8), "clip_g": tensor(2, 12)},
-             "state": {"state/w/exp_avg": tensor(2, 2), "state/w/step": tensor()},
-             "model": {"model.diffusion_model.input_blocks.0.0.weight": tensor(8, 4, 3, 3),
-                       "first_stage_model.encoder.conv_in.weight": tensor(8, 3, 3, 3)}}  # fmt: skip
+             "state": {"state/w/exp_avg": tensor(2, 2), "state/w/step": tensor()}}
     files = {name: save(table, {"format": "pt", "ss_output_name": "x"}) for name, table in kinds.items()}
-    return files | {"cache": _shard(folder / "cache")}
+    save_model(folder / "whole.safetensors", make_tiny_parts("sd1", 0), "safetensors", torch.float16)
+    return files | {"cache": _shard(folder / "cache"), "model": (folder / "whole.safetensors").read_bytes()}
 
 
 def _shard(folder: Path) -> bytes:
