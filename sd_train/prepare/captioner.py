@@ -1,0 +1,239 @@
+"""Models of transformers that put an image into words: BLIP, BLIP-2, GIT, encoder-decoders, and those that chat.
+
+What nucleus sampling draws depends on the seed and the image alone, not on the other images of its batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sd_train.data.resize import Pixels
+from sd_train.device import DTYPES, out_of_memory
+from sd_train.errors import ModelError, RunError
+from sd_train.families.hub import Wanted, find_model
+from sd_train.prepare.caption_models import CHAT_PROMPT, DEFAULT_CAPTIONER, PROMPTS
+
+_FILES = re.compile(r"[\w.-]+\.(?:json|txt|model|jinja)|model(?:-\d+-of-\d+)?\.safetensors")
+_NUCLEUS_PENALTY = 1.1
+"""BLIP's own penalty for words that are repeated, without which nucleus sampling stutters."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How captions are made."""
+
+    prompt: str | None
+    """None: the model's usual one."""
+    num_beams: int | None
+    """None: nucleus sampling."""
+    top_p: float
+    max_length: int
+    """Tokens of a caption, without the prompt."""
+    min_length: int
+
+
+def _choose(names: Sequence[str]) -> list[str]:
+    chosen = [name for name in names if _FILES.fullmatch(name)]
+    return chosen if "config.json" in chosen and any(name.endswith(".safetensors") for name in chosen) else []
+
+
+def _is_whole(folder: Path) -> bool:
+    return bool(_choose([path.name for path in folder.iterdir()]))
+
+
+def find_captioner(source: str) -> Path:
+    """The folder of the model `source`: itself, or what the hub or its cache has under this id.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    give = f"a folder that transformers wrote, or a hub id such as {DEFAULT_CAPTIONER}"
+    if source.startswith(("http://", "https://")) or source.lower().endswith((".pth", ".pt", ".bin")):
+        raise ModelError(f"{source}: BLIP's first files (.pth) are not read; the same weights are {DEFAULT_CAPTIONER}")
+    folder = find_model(source, wanted=Wanted("captioning model in safetensors", give, _choose, _is_whole))
+    if not folder.is_dir() or not _is_whole(folder):
+        lacks = "is a file" if folder.is_file() else "holds no config.json with .safetensors beside it"
+        raise ModelError(f"{source}: {lacks}; give {give}")
+    return folder
+
+
+class Captioner:
+    """A captioning model, loaded."""
+
+    def __init__(self, folder: Path, device: torch.device, precision: str) -> None:
+        """
+        Raises:
+            ModelError: if `folder` holds nothing that makes text of an image.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        self._folder, self._device, self._dtype = folder, device, DTYPES[precision]
+        with _understood(folder), _silent():
+            model = AutoModelForImageTextToText.from_pretrained(
+                str(folder), dtype=self._dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+            self._processor, self._images, self._tokenizer = _load_processor(folder)
+        self._model = model.to(device).eval()
+        self._chats = bool(getattr(self._processor, "chat_template", None))
+
+    def see(self, pixels: Pixels) -> Pixels:
+        """What the model is shown of an image [height, width, 3] in RGB; it is resized with its batch."""
+        return pixels
+
+    def __call__(self, images: Sequence[Pixels], wording: Wording, seeds: Sequence[int]) -> list[str]:
+        """A caption for each of `images`; `seeds` are those of nucleus sampling.
+
+        Raises:
+            ModelError: if the model fails.
+            RunError: if the memory is too small.
+        """
+        usual = CHAT_PROMPT if self._chats else PROMPTS.get(self._model.config.model_type, "")
+        prompt = usual if wording.prompt is None else wording.prompt
+        try:
+            with _understood(self._folder), _silent(), torch.inference_mode():
+                inputs = self._inputs(images, prompt)
+                found = self._model.generate(**inputs, **self._ways(wording, seeds))
+        except (RuntimeError, MemoryError) as problem:
+            if out_of_memory(problem):
+                way_out = "choose a smaller --batch_size, --mixed_precision bf16 or a smaller model"
+                raise RunError(f"the memory is too small for {len(images)} images at once; {way_out}") from None
+            raise ModelError(f"{self._folder}: fails ({problem}); give another model") from None
+        given = inputs.get("input_ids")
+        if given is not None and found.shape[1] >= given.shape[1] and torch.equal(found[:, : given.shape[1]], given):
+            found = found[:, given.shape[1] :]
+        texts = self._tokenizer.batch_decode(found, skip_special_tokens=True)
+        return [self._tidied(text, prompt) for text in texts]
+
+    def _inputs(self, images: Sequence[Pixels], prompt: str) -> dict[str, Any]:
+        if self._chats:
+            content = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+            prompt = self._processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        pictures = [np.ascontiguousarray(image) for image in images]
+        if prompt and self._processor is not None:
+            batch = self._processor(
+                images=pictures, text=[prompt] * len(pictures), return_tensors="pt", padding=True,
+                **({"add_special_tokens": False} if self._chats or self._model.config.model_type == "git" else {}),
+            )  # fmt: skip
+        else:
+            batch = self._images(images=pictures, return_tensors="pt")
+        if self._model.config.model_type == "git" and "input_ids" in batch:
+            start = torch.full((len(pictures), 1), self._tokenizer.cls_token_id)
+            batch["input_ids"] = torch.cat([start, batch["input_ids"]], dim=1)
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        return {
+            name: value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
+            for name, value in batch.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _ways(self, wording: Wording, seeds: Sequence[int]) -> dict[str, Any]:
+        ways: dict[str, Any] = {
+            "do_sample": False, "max_new_tokens": wording.max_length, "min_new_tokens": wording.min_length,
+        }  # fmt: skip
+        if wording.num_beams is not None:
+            return {**ways, "num_beams": wording.num_beams}
+        from transformers import LogitsProcessorList, TopPLogitsWarper
+
+        drawn = LogitsProcessorList([TopPLogitsWarper(wording.top_p), DrawnPerImage(seeds)])
+        return {**ways, "num_beams": 1, "repetition_penalty": _NUCLEUS_PENALTY, "logits_processor": drawn}
+
+    def _tidied(self, text: str, prompt: str) -> str:
+        words = " ".join(text.split())
+        # Tokens spell the prompt in their own way.
+        ids = self._tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        spelt = " ".join(self._tokenizer.decode(ids, skip_special_tokens=True).split()) if ids else ""
+        if spelt and words.lower().startswith(spelt.lower()):
+            words = words[len(spelt) :].strip()
+        return words
+
+
+class DrawnPerImage:
+    """Makes the choice of the likeliest token a draw: each image adds Gumbel noise of its own stream.
+
+    The largest of (logit + Gumbel noise) is a draw from the logits' distribution.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` [image, token] with the noise of one more step."""
+        drawn = torch.stack([torch.rand(scores.shape[1], generator=one) for one in self._streams])
+        smallest = torch.finfo(torch.float32).tiny
+        noise = -torch.log(-torch.log(drawn.clamp(smallest, 1 - 2**-24)))
+        return scores.float() + noise.to(scores.device)
+
+
+def _load_processor(folder: Path) -> tuple[Any, Any, Any]:
+    """(processor of images and texts or None, of images, tokenizer); images by Pillow, not by torchvision."""
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    ways: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    processor = None
+    with contextlib.suppress(OSError, ValueError):
+        processor = AutoProcessor.from_pretrained(str(folder), backend="pil", **ways)
+    images, tokenizer = (getattr(processor, name, None) for name in ("image_processor", "tokenizer"))
+    if images is not None and tokenizer is not None:
+        return processor, images, tokenizer
+    # Encoders with a decoder have no processor of both.
+    return None, AutoImageProcessor.from_pretrained(str(folder), backend="pil", **ways), AutoTokenizer.from_pretrained(
+        str(folder), **ways
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """What transformers says about a model that it cannot use, as our kind of error."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError) as problem:
+        reason = (str(problem) or type(problem).__name__).splitlines()[0]
+        way_out = f"give another model, such as {DEFAULT_CAPTIONER}"
+        raise ModelError(f"{folder}: transformers cannot caption with it ({reason}); {way_out}") from None
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """transformers speaks of what concerns its own users."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device `name`; "auto": a GPU if there is one.
+
+    Raises:
+        RunError: if it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        reason = (str(problem) or "it is not there").splitlines()[0]
+        raise RunError(f"--device {name}: cannot be used ({reason}); leave it out, or write --device cpu") from None
+    return device
