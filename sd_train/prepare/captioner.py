@@ -6,6 +6,7 @@ What nucleus sampling draws depends on the seed and the image alone, not on the 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -84,6 +85,7 @@ class Captioner:
             )
             self._processor, self._images, self._tokenizer = _load_processor(folder)
         self._model = model.to(device).eval()
+        self._takes = inspect.signature(model.forward).parameters
         self._chats = bool(getattr(self._processor, "chat_template", None))
 
     def see(self, pixels: Pixels) -> Pixels:
@@ -99,6 +101,8 @@ class Captioner:
         """
         usual = CHAT_PROMPT if self._chats else PROMPTS.get(self._model.config.model_type, "")
         prompt = usual if wording.prompt is None else wording.prompt
+        if prompt and self._processor is None:
+            raise ModelError(f"{self._folder}: the model takes no words; leave --prompt out")
         try:
             with _understood(self._folder), _silent(), torch.inference_mode():
                 inputs = self._inputs(images, prompt)
@@ -108,11 +112,16 @@ class Captioner:
                 way_out = "choose a smaller --batch_size, --mixed_precision bf16 or a smaller model"
                 raise RunError(f"the memory is too small for {len(images)} images at once; {way_out}") from None
             raise ModelError(f"{self._folder}: fails ({problem}); give another model") from None
+        start = getattr(getattr(self._model.config, "text_config", self._model.config), "bos_token_id", None)
+        if start is not None and bool((found[:, 0] == start).all()):
+            # BLIP's is unknown to its tokenizer.
+            found = found[:, 1:]
+            inputs = {name: value[:, 1:] for name, value in inputs.items() if name == "input_ids"}
         given = inputs.get("input_ids")
         if given is not None and found.shape[1] >= given.shape[1] and torch.equal(found[:, : given.shape[1]], given):
             found = found[:, given.shape[1] :]
-        texts = self._tokenizer.batch_decode(found, skip_special_tokens=True)
-        return [self._tidied(text, prompt) for text in texts]
+        decoded = self._tokenizer.batch_decode(found, skip_special_tokens=True)
+        return [self._tidied(text, prompt) for text in decoded]
 
     def _inputs(self, images: Sequence[Pixels], prompt: str) -> dict[str, Any]:
         if self._chats:
@@ -135,7 +144,7 @@ class Captioner:
         return {
             name: value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
             for name, value in batch.items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and (name != "token_type_ids" or name in self._takes)
         }
 
     def _ways(self, wording: Wording, seeds: Sequence[int]) -> dict[str, Any]:

@@ -137,13 +137,13 @@ For instance:
     add("--debug", action="store_true", help="print each caption")
     model = parser.add_argument_group("the model")
     add = model.add_argument
-    add("--caption_weights", "--model_id", metavar="MODEL", default=DEFAULT_CAPTIONER, help=f"folder or hub id (default "
+    add("--caption_weights", "--model_id", metavar="MODEL", default=DEFAULT_CAPTIONER, help="folder or hub id (default "
         f"{DEFAULT_CAPTIONER})")  # fmt: skip
     add("--device", metavar="NAME", default="auto", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     add("--mixed_precision", choices=_PRECISIONS, default="no", help="precision of the model (default no: 32 bits)")
     words = parser.add_argument_group("the words")
     add = words.add_argument
-    add("--beam_search", action="store_true", help="the likeliest caption that --num_beams beams find; nothing is drawn")
+    add("--beam_search", action="store_true", help="the likeliest caption of --num_beams beams: nothing is drawn")
     add("--num_beams", metavar="N", type=int, default=1, help="beams (default 1)")
     add("--top_p", metavar="P", type=float, default=0.9, help="of nucleus sampling: words are drawn from those that "
         "make up this share (default 0.9)")  # fmt: skip
