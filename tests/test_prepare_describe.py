@@ -14,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from numpy.typing import NDArray
 from PIL import Image
 
 from sd_train.__main__ import main
-from sd_train.errors import Problems
+from sd_train.errors import ModelError, Problems
 from sd_train.files import temporary_name
-from sd_train.prepare.captioner import Captioner, DrawnPerImage, Wording
+from sd_train.prepare.captioner import Captioner, DrawnPerImage, Wording, find_captioner
 from sd_train.prepare.describing import Troubles, opened_ahead
 from sd_train.prepare.tag_words import CHOSEN, Category, Label, Speller, TagOptions, read_replacement
 from sd_train.prepare.taggers import Tagger, find_tagger, fit_square
+from tests.hub_server import hub_server
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 32
@@ -251,7 +253,7 @@ EVERY: dict[Category, float] = dict.fromkeys(CHOSEN, 0.5)
         ({"remove_underscore": True}, "a tag|b tag|>_o|(o)_(o)|hero (x) (great series)"),
         ({"undesired": frozenset({"a tag", ">_o"})}, "b_tag|(o)_(o)|hero_(x)_(great_series)"),
         ({"first": ("hero (x) (great series)", "b_tag")}, "hero_(x)_(great_series)|b_tag|a_tag|>_o|(o)_(o)"),
-        ({"replacement": {"a tag": "b_tag", ">_o": "wink, smile"}}, "b_tag|wink, smile|(o)_(o)|hero_(x)_(great_series)"),
+        ({"replacement": {"a tag": "b_tag", ">_o": "wink, me"}}, "b_tag|wink, me|(o)_(o)|hero_(x)_(great_series)"),
         ({"expand_characters": True, "characters_first": True}, "hero_(x)|great_series|a_tag|b_tag|>_o|(o)_(o)"),
         ({"rating": "first", "characters_first": True}, "safe|hero_(x)_(great_series)|a_tag|b_tag|>_o|(o)_(o)"),
         ({"rating": "last"}, "a_tag|b_tag|>_o|(o)_(o)|hero_(x)_(great_series)|safe"),
@@ -328,6 +330,27 @@ def test_a_tagger_is_found_where_it_is_kept(tmp_path: Path, monkeypatch: pytest.
     assert find_tagger("Someone/other/version_1", kept.parent, anew=False).tags == inner / "selected_tags.csv"
 
 
+def test_models_come_from_the_hub_once(tmp_path: Path, wd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a tagger consists of, and anew only if told."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no login"))
+    folder = write_images(tmp_path / "images", "red.png")
+    with hub_server(monkeypatch) as hub:
+        files = {path.name: path.read_bytes() for path in wd.iterdir()}
+        hub.repos = {"Someone/tagger": {**files, "saved_model.pb": b"x", "old/model.onnx": b"x"}, "Someone/lora": {}}
+        found = find_tagger("Someone/tagger", tmp_path, anew=False)
+        assert {path.name: path.read_bytes() for path in found.model.parent.rglob("*") if path.is_file()} == files
+        hub.repos["Someone/tagger"]["selected_tags.csv"] += b"9,one_more,0,1\n"
+        assert find_tagger("Someone/tagger", tmp_path, anew=False).tags.read_bytes() == files["selected_tags.csv"]
+        assert tag(folder, Path("Someone/tagger"), "--model_dir", str(tmp_path)) == 0
+        anew = find_tagger("Someone/tagger", tmp_path, anew=True)
+        assert anew.tags.read_bytes() == hub.repos["Someone/tagger"]["selected_tags.csv"]
+        with pytest.raises(ModelError, match="holds no tagger in ONNX"):
+            find_tagger("Someone/lora", tmp_path, anew=False)
+        with pytest.raises(ModelError, match="holds no captioning model in safetensors"):
+            find_captioner("Someone/lora")
+
+
 def test_images_are_opened_in_order_and_errors_are_not_swallowed(tmp_path: Path) -> None:
     from sd_train.data.images import decode
 
@@ -363,7 +386,8 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # As in the published ones, the first token is one that the tokenizer does not know.
     text |= {"bos_token_id": len(WORDS), "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
     torch.manual_seed(0)
-    config = BlipConfig(vision_config={**small, "image_size": 32, "patch_size": 16}, text_config=text, projection_dim=16)
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    config = BlipConfig(vision_config=vision, text_config=text, projection_dim=16)
     model = BlipForConditionalGeneration(config)
     with torch.no_grad():
         for weights in model.parameters():
@@ -488,11 +512,15 @@ def test_encoders_with_a_decoder_and_git(tmp_path: Path) -> None:
     pictures = [np.full((20, 30, 3), level, np.uint8) for level in (10, 200)]
     for folder in (git, both):
         model = Captioner(folder, torch.device("cpu"), "no")
-        made = model(pictures, Wording(None, None, 1.0, 6, 3), [1, 2])
-        assert [model([pictures[n]], Wording(None, None, 1.0, 6, 3), [n + 1])[0] for n in (0, 1)] == made
+        seen, wording = [model.see(picture) for picture in pictures], Wording(None, 1.0, 6, 3)
+        made = model(seen, wording, [1, 2])
+        assert [model([seen[n]], wording, [n + 1])[0] for n in (0, 1)] == made
         assert all(2 <= len(text.split()) <= 6 for text in made)
-    prompted = Captioner(git, torch.device("cpu"), "no")(pictures, Wording("a red dog", 1, 1.0, 6, 3), [1, 2])
-    assert not any(text.startswith("a red dog") for text in prompted)
+    prompted = Captioner(git, torch.device("cpu"), "no", "a red dog")
+    texts_of_git = prompted([prompted.see(picture) for picture in pictures], Wording(1, 1.0, 6, 3), [1, 2])
+    assert not any(text.startswith("a red dog") for text in texts_of_git)
+    with pytest.raises(ModelError, match="takes no words"):
+        Captioner(both, torch.device("cpu"), "no", "a red dog")
 
 
 @pytest.mark.parametrize("name", ["make_captions", "tag_images_by_wd14_tagger"])

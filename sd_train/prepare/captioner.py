@@ -9,10 +9,10 @@ import contextlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,8 +33,6 @@ _NUCLEUS_PENALTY = 1.1
 class Wording:
     """How captions are made."""
 
-    prompt: str | None
-    """None: the model's usual one."""
     num_beams: int | None
     """None: nucleus sampling."""
     top_p: float
@@ -68,13 +66,18 @@ def find_captioner(source: str) -> Path:
     return folder
 
 
+Seen = dict[str, Tensor] | Pixels
+"""What a model is shown of an image."""
+
+
 class Captioner:
     """A captioning model, loaded."""
 
-    def __init__(self, folder: Path, device: torch.device, precision: str) -> None:
-        """
+    def __init__(self, folder: Path, device: torch.device, precision: str, prompt: str | None = None) -> None:
+        """`prompt` None is the model's usual one.
+
         Raises:
-            ModelError: if `folder` holds nothing that makes text of an image.
+            ModelError: if `folder` holds nothing that makes text of an image, or takes no `prompt`.
         """
         from transformers import AutoModelForImageTextToText
 
@@ -84,68 +87,91 @@ class Captioner:
                 str(folder), dtype=self._dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             )
             self._processor, self._images, self._tokenizer = _load_processor(folder)
+            self._kind: str = model.config.model_type
+            self._takes = inspect.signature(model.forward).parameters
+            self._chats = bool(getattr(self._processor, "chat_template", None))
+            usual = CHAT_PROMPT if self._chats else PROMPTS.get(self._kind, "")
+            self._prompt = usual if prompt is None else prompt
+            self._text = {} if self._chats else self._text_inputs()
         self._model = model.to(device).eval()
-        self._takes = inspect.signature(model.forward).parameters
-        self._chats = bool(getattr(self._processor, "chat_template", None))
 
-    def see(self, pixels: Pixels) -> Pixels:
-        """What the model is shown of an image [height, width, 3] in RGB; it is resized with its batch."""
-        return pixels
+    def see(self, pixels: Pixels) -> Seen:
+        """What the model is shown of an image [height, width, 3] in RGB.
 
-    def __call__(self, images: Sequence[Pixels], wording: Wording, seeds: Sequence[int]) -> list[str]:
-        """A caption for each of `images`; `seeds` are those of nucleus sampling.
+        Raises:
+            ModelError: if the model has no use for it.
+        """
+        if self._chats:
+            # How many words an image takes the place of depends on its size: text and images go together.
+            return pixels
+        # Not silenced: that is for the whole process, and this runs in threads.
+        with _understood(self._folder):
+            seen = self._images(images=np.ascontiguousarray(pixels), return_tensors="pt")
+        return {name: value for name, value in seen.items() if isinstance(value, Tensor)}
+
+    def __call__(self, images: Sequence[Seen], wording: Wording, seeds: Sequence[int]) -> list[str]:
+        """A caption for each of `images`, as `see` made them; `seeds` are those of nucleus sampling.
 
         Raises:
             ModelError: if the model fails.
             RunError: if the memory is too small.
         """
-        usual = CHAT_PROMPT if self._chats else PROMPTS.get(self._model.config.model_type, "")
-        prompt = usual if wording.prompt is None else wording.prompt
-        if prompt and self._processor is None:
-            raise ModelError(f"{self._folder}: the model takes no words; leave --prompt out")
         try:
             with _understood(self._folder), _silent(), torch.inference_mode():
-                inputs = self._inputs(images, prompt)
+                inputs = self._inputs(images)
                 found = self._model.generate(**inputs, **self._ways(wording, seeds))
         except (RuntimeError, MemoryError) as problem:
             if out_of_memory(problem):
                 way_out = "choose a smaller --batch_size, --mixed_precision bf16 or a smaller model"
                 raise RunError(f"the memory is too small for {len(images)} images at once; {way_out}") from None
             raise ModelError(f"{self._folder}: fails ({problem}); give another model") from None
+        given = inputs.get("input_ids")
         start = getattr(getattr(self._model.config, "text_config", self._model.config), "bos_token_id", None)
         if start is not None and bool((found[:, 0] == start).all()):
             # BLIP's is unknown to its tokenizer.
-            found = found[:, 1:]
-            inputs = {name: value[:, 1:] for name, value in inputs.items() if name == "input_ids"}
-        given = inputs.get("input_ids")
+            found, given = found[:, 1:], None if given is None else given[:, 1:]
         if given is not None and found.shape[1] >= given.shape[1] and torch.equal(found[:, : given.shape[1]], given):
             found = found[:, given.shape[1] :]
-        decoded = self._tokenizer.batch_decode(found, skip_special_tokens=True)
-        return [self._tidied(text, prompt) for text in decoded]
+        return [self._tidied(text) for text in self._tokenizer.batch_decode(found, skip_special_tokens=True)]
 
-    def _inputs(self, images: Sequence[Pixels], prompt: str) -> dict[str, Any]:
+    def _inputs(self, images: Sequence[Seen]) -> dict[str, Tensor]:
+        """What the model takes of a batch."""
+        batch: Mapping[str, Any]
         if self._chats:
-            content = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
-            prompt = self._processor.apply_chat_template(
+            content = [{"type": "image"}, *([{"type": "text", "text": self._prompt}] if self._prompt else [])]
+            text = self._processor.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
-        pictures = [np.ascontiguousarray(image) for image in images]
-        if prompt and self._processor is not None:
+            # The template writes the beginning of a text itself.
             batch = self._processor(
-                images=pictures, text=[prompt] * len(pictures), return_tensors="pt", padding=True,
-                **({"add_special_tokens": False} if self._chats or self._model.config.model_type == "git" else {}),
+                images=list(images), text=[text] * len(images), return_tensors="pt", padding=True,
+                add_special_tokens=False,
             )  # fmt: skip
         else:
-            batch = self._images(images=pictures, return_tensors="pt")
-        if self._model.config.model_type == "git" and "input_ids" in batch:
-            start = torch.full((len(pictures), 1), self._tokenizer.cls_token_id)
-            batch["input_ids"] = torch.cat([start, batch["input_ids"]], dim=1)
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            seen = cast(Sequence[dict[str, Tensor]], images)
+            batch = {name: torch.cat([one[name] for one in seen]) for name in seen[0]}
+            batch |= {name: value.repeat(len(images), 1) for name, value in self._text.items()}
         return {
             name: value.to(self._device, self._dtype if value.is_floating_point() else value.dtype)
             for name, value in batch.items()
             if isinstance(value, Tensor) and (name != "token_type_ids" or name in self._takes)
         }
+
+    def _text_inputs(self) -> dict[str, Tensor]:
+        """What the model takes of the prompt, [1, tokens] each."""
+        if not self._prompt:
+            return {}
+        if self._processor is None or "input_ids" not in self._takes:
+            raise ModelError(f"{self._folder}: the model takes no words; leave --prompt out")
+        if self._kind == "git":
+            # It goes on only from a text that has a beginning and no end.
+            ids = [self._tokenizer.cls_token_id, *self._tokenizer(self._prompt, add_special_tokens=False)["input_ids"]]
+            return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones((1, len(ids)), dtype=torch.int64)}
+        # Some processors put places for the image before the words: any image will do.
+        grey = np.full((64, 64, 3), 128, np.uint8)
+        both = self._processor(images=grey, text=self._prompt, return_tensors="pt")
+        seen = self._images(images=grey, return_tensors="pt")
+        return {name: value for name, value in both.items() if isinstance(value, Tensor) and name not in seen}
 
     def _ways(self, wording: Wording, seeds: Sequence[int]) -> dict[str, Any]:
         ways: dict[str, Any] = {
@@ -158,8 +184,9 @@ class Captioner:
         drawn = LogitsProcessorList([TopPLogitsWarper(wording.top_p), DrawnPerImage(seeds)])
         return {**ways, "num_beams": 1, "repetition_penalty": _NUCLEUS_PENALTY, "logits_processor": drawn}
 
-    def _tidied(self, text: str, prompt: str) -> str:
-        words = " ".join(text.split())
+    def _tidied(self, text: str) -> str:
+        """`text` in one line, without the prompt."""
+        words, prompt = " ".join(text.split()), self._prompt
         # Tokens spell the prompt in their own way.
         ids = self._tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
         spelt = " ".join(self._tokenizer.decode(ids, skip_special_tokens=True).split()) if ids else ""

@@ -134,7 +134,7 @@ def opened_ahead(
         rest = enumerate(images)
         try:
             while True:
-                for place, image in itertools.islice(rest, max(2 * workers, 2 * batch_size) - len(ahead)):
+                for place, image in itertools.islice(rest, batch_size + workers - len(ahead)):
                     ahead.append((place, pool.submit(see, image)))
                 if not ahead:
                     break

@@ -27,7 +27,7 @@ from sd_train.prepare.listing import find_images, metadata_key
 from sd_train.randomness import derive
 
 if TYPE_CHECKING:
-    from sd_train.data.resize import Pixels
+    from sd_train.prepare.captioner import Seen
 
 _PRECISIONS = ("no", "fp16", "bf16")
 _MOST_TOKENS = 1000
@@ -60,17 +60,17 @@ def _caption(given: argparse.Namespace, missing: list[tuple[Path, Path]], troubl
     from sd_train.data.images import decode
     from sd_train.prepare.captioner import Captioner, Wording, choose_device, find_captioner
 
-    model = Captioner(find_captioner(given.caption_weights), choose_device(given.device), given.mixed_precision)
+    folder, device = find_captioner(given.caption_weights), choose_device(given.device)
+    model = Captioner(folder, device, given.mixed_precision, given.prompt)
     wording = Wording(
-        prompt=given.prompt,
         num_beams=given.num_beams if given.beam_search else None,
         top_p=given.top_p,
         max_length=given.max_length,
         min_length=given.min_length,
     )
 
-    def see(image: Path) -> Pixels:
-        return decode(image).pixels
+    def see(image: Path) -> Seen:
+        return model.see(decode(image).pixels)
 
     images = [image for image, _ in missing]
     workers = given.max_data_loader_n_workers or default_workers()
@@ -78,7 +78,7 @@ def _caption(given: argparse.Namespace, missing: list[tuple[Path, Path]], troubl
         for batch in opened_ahead(images, see, given.batch_size, workers, troubles):
             places = [place for place, _ in batch]
             seeds = [_seed(given, images[place]) for place in places]
-            for place, caption in zip(places, model([pixels for _, pixels in batch], wording, seeds), strict=True):
+            for place, caption in zip(places, model([seen for _, seen in batch], wording, seeds), strict=True):
                 image, target = missing[place]
                 if given.debug:
                     print(f"{printable(str(image))}: {caption}")

@@ -55,8 +55,11 @@ def main(argv: Sequence[str]) -> int:
     counts = Counter[str]()
     if missing:
         tagger = Tagger(find_tagger(given.repo_id, given.model_dir, given.force_download))
-        counts = _tag(given, Speller(tagger.labels, options), tagger, missing, output, troubles)
-        output.close()
+        try:
+            counts = _tag(given, Speller(tagger.labels, options), tagger, missing, output, troubles)
+        finally:
+            # What was tagged before an error or Ctrl-C is kept.
+            output.close()
     if given.frequency_tags:
         print("Tag frequencies:")
         for tag, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):

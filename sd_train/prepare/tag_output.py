@@ -39,7 +39,7 @@ class TagOutput(Protocol):
         """
 
     def close(self) -> None:
-        """Everything has been put.
+        """Write what has been put and is not yet there.
 
         Raises:
             DiskError: if the disk refuses.
@@ -86,7 +86,7 @@ class TagFile:
         tidy(path.parent, lambda name: name == path.name)
         if path.is_file():
             self._metadata = _read_lines(path) if self._lines else read_metadata(path)
-        self._kept_before = False
+        self._changed = self._kept_before = False
         self._saved = time.monotonic()
 
     def missing(self, again: bool) -> list[Path]:
@@ -98,11 +98,14 @@ class TagFile:
     def put(self, image: Path, text: str, size: tuple[int, int]) -> bool:
         entry = {**self._entry(image), "tags": text, "image_size": list(size)}
         self._metadata[metadata_key(image, image.parent, full_path=True)] = entry
+        self._changed = True
         if time.monotonic() - self._saved > _SAVE_SECONDS:
             self.close()
         return True
 
     def close(self) -> None:
+        if not self._changed:
+            return
         # In the order of their names: the same bytes, wherever an interrupted command went on.
         ordered = dict(sorted(self._metadata.items()))
         if self._lines:
@@ -117,7 +120,7 @@ class TagFile:
             write_text(self._path, json.dumps(ordered, ensure_ascii=False, indent=2) + "\n")
         else:
             write_metadata(self._path, ordered)
-        self._kept_before = True
+        self._changed, self._kept_before = False, True
         self._saved = time.monotonic()
 
     def _entry(self, image: Path) -> dict[str, Any]:
