@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,11 +116,13 @@ def times(folder: Path) -> dict[str, int]:
 def test_wd14_sees_blue_green_red_in_a_white_square(tmp_path: Path, wd: Path) -> None:
     write_images(tmp_path, "red.png", "sub/green.PNG")
     write_images(tmp_path, "blue wide.png", size=(80, 40))
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(tmp_path / "transparent.png")
     assert tag(tmp_path, wd, "--recursive", "--thresh", "0.6") == 0
     assert texts(tmp_path) == {
         "red.txt": "red_thing, ^_^\n",
         "sub/green.txt": "green_thing, ^_^, hero_(great_series)\n",
         "blue wide.txt": "blue_thing, ^_^\n",
+        "transparent.txt": "red_thing, green_thing, blue_thing, ^_^\n",
     }
     # Half of the wide one's square is white.
     tagger = Tagger(find_tagger(str(wd), tmp_path, anew=False))
@@ -239,6 +243,23 @@ def test_unusual_names_and_broken_images(tmp_path: Path, wd: Path, capsys: pytes
     assert tag(folder, wd, "--recursive", "--caption_extension", "caption") == 3
     assert "would be too long" in capsys.readouterr().err
     assert len(texts(folder, ".caption")) == 6
+
+
+def test_a_killed_command_leaves_nothing_broken(tmp_path: Path, wd: Path) -> None:
+    folder = write_images(tmp_path / "images", *(f"red{number:03}.png" for number in range(200)))
+    command = [sys.executable, "-m", "sd_train", "tag_images_by_wd14_tagger", str(folder), "--repo_id", str(wd)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as running:
+        while running.poll() is None and not (folder / "red010.txt").exists():
+            time.sleep(0.001)
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    assert len(texts(folder)) < 200
+    assert set(texts(folder).values()) == {"red_thing, ^_^\n"}
+    before = times(folder)
+    assert main(command[3:]) == 0
+    assert list(texts(folder).values()) == ["red_thing, ^_^\n"] * 200
+    assert not list(folder.glob(".*"))
+    assert times(folder)["red000.txt"] == before["red000.txt"]
 
 
 LETTERS = [Label("a_tag", "general"), Label("b_tag", "general"), Label(">_o", "general"), Label("(o)_(o)", "general"),
