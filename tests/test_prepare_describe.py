@@ -23,6 +23,7 @@ from PIL import Image
 from sd_train.__main__ import main
 from sd_train.errors import ModelError, Problems
 from sd_train.files import temporary_name
+from sd_train.prepare.caption_models import without_writing
 from sd_train.prepare.captioner import Captioner, DrawnPerImage, Wording, find_captioner
 from sd_train.prepare.describing import Troubles, opened_ahead
 from sd_train.prepare.tag_words import CHOSEN, Category, Label, Speller, TagOptions, read_replacement
@@ -465,6 +466,22 @@ def test_nucleus_draws_by_image_alone(tmp_path: Path, blip: Path, capsys: pytest
     assert {**times(one), "3.caption": 0} == {**before, "3.caption": 0}
     assert caption(one, blip, "--overwrite", "--seed", "7", "--prompt", "") == 0
     assert texts(one, ".caption") != drawn
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ('a red sign with the word "stop" on it', "a red sign"),
+        ("a shirt that says hello on the front, on a bed", "a shirt, on a bed"),
+        ("a cake with the number 12 on it and a dog", "a cake and a dog"),
+        ("a poster with the words 'no way", "a poster"),
+        ("a dog with the letter a written on its collar", "a dog"),
+        ("a man with a book that shows words", "a man with a book that shows words"),
+        ("a boy and a word", "a boy and a word"),
+    ],
+)
+def test_writing_is_left_out(caption: str, expected: str) -> None:
+    assert without_writing(caption) == expected
 
 
 def test_draws_have_the_distribution_of_the_logits() -> None:

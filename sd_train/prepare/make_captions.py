@@ -58,6 +58,7 @@ def _caption(given: argparse.Namespace, missing: list[tuple[Path, Path]], troubl
     """Write the captions of `missing`, (image, text file) pairs."""
     # torch takes seconds to import: bad options and --help must not wait for it.
     from sd_train.data.images import decode
+    from sd_train.prepare.caption_models import without_writing
     from sd_train.prepare.captioner import Captioner, Wording, choose_device, find_captioner
 
     folder, device = find_captioner(given.caption_weights), choose_device(given.device)
@@ -80,9 +81,10 @@ def _caption(given: argparse.Namespace, missing: list[tuple[Path, Path]], troubl
             seeds = [_seed(given, images[place]) for place in places]
             for place, caption in zip(places, model([seen for _, seen in batch], wording, seeds), strict=True):
                 image, target = missing[place]
+                text = without_writing(caption) if given.remove_words else caption
                 if given.debug:
-                    print(f"{printable(str(image))}: {caption}")
-                write_sidecar(image, target, caption, troubles)
+                    print(f"{printable(str(image))}: {text}")
+                write_sidecar(image, target, text, troubles)
             bar.update(len(batch))
 
 
@@ -152,4 +154,6 @@ For instance:
     add("--seed", metavar="N", type=int, default=42, help="of what is drawn (default 42)")
     add("--prompt", metavar="TEXT", help="what the caption goes on from, or the request to a model that chats; it does "
         "not become part of it (default: 'a picture of' with BLIP; '' is none)")  # fmt: skip
+    add("--remove_words", action="store_true", help="leave out what the model says is written in the image: 'with the "
+        "word stop on it'")  # fmt: skip
     return parser
