@@ -37,6 +37,8 @@ COMMANDS = {
     "optimizers": ("sd_train.commands.optimizers", "list what --optimizer_type can name, and its arguments"),
     "schema": ("sd_train.commands.schema", "print the JSON Schema of run or dataset files"),
     "env": ("sd_train.commands.env", "say what a bug report needs to know about this machine"),
+    "make_captions": ("sd_train.prepare.make_captions", "describe images in a sentence, by BLIP and its like"),
+    "tag_images_by_wd14_tagger": ("sd_train.prepare.tag_images_by_wd14_tagger", "tag images by WD14 and its like"),
     "make_tiny_model": ("sd_train.commands.make_tiny_model", "write a tiny model with random weights"),
     "demo": ("sd_train.commands.demo", "teach a small model a new thing, and show it before and after"),
 }
