@@ -70,7 +70,7 @@ class Filtered:
 
 def run_checks(
     looks: Mapping[Path, Look], limits: FilterLimits, checks: Collection[str], report_only: Collection[str],
-    captioned: Collection[Path],
+    captions: Mapping[Path, int],
 ) -> Filtered:
     """Run `checks`; copies are looked for among what is left after the others.
 
@@ -79,7 +79,7 @@ def run_checks(
         limits: from where on something counts.
         checks: names in `CHECKS`.
         report_only: those of them that leave nothing out.
-        captioned: images with a caption, which are kept before their copies.
+        captions: how many each image has; one with more is kept before its copies.
     """
     result = Filtered()
     values = {"small": limits.min_size, "bytes": limits.min_bytes, "aspect": limits.max_aspect,
@@ -98,7 +98,7 @@ def run_checks(
             note(name, sights, [sight.path for sight in sights])
     left = {path: look for path, look in looks.items() if not look.trouble and path not in result.reasons}
     # The best first: it is the one that is kept.
-    order = sorted(left, key=lambda path: _rank(path, left[path], captioned))
+    order = sorted(left, key=lambda path: _rank(path, left[path], captions))
     for name, groups in (("copy", _exact), ("near_copy", _near)):
         if name in checks:
             sights, dropped = [], set[Path]()
@@ -114,9 +114,9 @@ def run_checks(
     return result
 
 
-def _rank(path: Path, look: Look, captioned: Collection[Path]) -> tuple[int, bool, int, str]:
+def _rank(path: Path, look: Look, captions: Mapping[Path, int]) -> tuple[int, int, int, str]:
     width, height = look.size or (0, 0)
-    return -width * height, path not in captioned, -path.stat().st_size, str(path)
+    return -width * height, -captions[path], -path.stat().st_size, str(path)
 
 
 def _exact(order: Sequence[Path], looks: Mapping[Path, Look]) -> Iterator[tuple[Path, list[tuple[Path, str]]]]:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         images = []
     metadata = read_metadata(given.in_json) if given.in_json is not None else {}
     keys = {image: metadata_key(image, folder, False) for image in images}
-    captioned = _captioned(images) | set(match_entries(images, folder, metadata).keys)
+    captions = _captions(images, match_entries(images, folder, metadata).keys)
     limits = FilterLimits(
         given.min_size, given.min_bytes, given.max_aspect, given.min_contrast, given.min_sharpness, given.min_letters
     )
@@ -60,12 +60,12 @@ def main(argv: Sequence[str]) -> int:
 
     with_text = "text" in checks
     looks = look_at(images, _progress(len(images)), lambda decoded: measure(decoded, with_text))
-    result = run_checks(looks, limits, checks, report_only, captioned)
+    result = run_checks(looks, limits, checks, report_only, captions)
     removed = {keys[image]: reasons for image, reasons in result.reasons.items()}
     journal = dict(sorted((journal | removed).items()))
     report: Path = given.report or Path(f"{folder.absolute().name}_filter.html")
     if removed or result.reported or not report.is_file() or given.move_to is None:
-        write_text(report, _page(given, images, looks, result, captioned))
+        write_text(report, _page(given, images, looks, result, sum(map(bool, captions.values()))))
     if given.list is not None:
         _write_list(given.list, journal, {keys[image]: seen for image, seen in result.reported.items()})
     if given.out_json is not None:
@@ -84,8 +84,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _captioned(images: Iterable[Path]) -> set[Path]:
-    return {image for image in images if any(os.path.exists(image.with_suffix(end)) for end in _TEXTS)}
+def _captions(images: Iterable[Path], entries: Collection[Path]) -> dict[Path, int]:
+    """How many caption files and entries of metadata each image has."""
+    return {
+        image: sum(os.path.exists(image.with_suffix(end)) for end in _TEXTS) + (image in entries) for image in images
+    }
 
 
 def _write_list(path: Path, journal: Journal, reported: Journal) -> None:
@@ -95,9 +98,9 @@ def _write_list(path: Path, journal: Journal, reported: Journal) -> None:
 
 def _page(
     given: argparse.Namespace, images: Sequence[Path], looks: dict[Path, Look], result: Filtered,
-    captioned: set[Path],
+    captioned: int,
 ) -> str:
-    """The doctor's page, about this folder alone."""
+    """The doctor's page, about this folder alone; `captioned` of its images have a caption."""
     from sd_train.data.settings import DatasetConfig, SubsetConfig
     from sd_train.doctor.diagnose import Diagnosis, Statistics
     from sd_train.doctor.finding import Place
@@ -110,7 +113,7 @@ def _page(
     survey = Survey(
         (DatasetConfig(1, (512, 512), subsets=(config,)),), (SubsetSurvey(config, Place("", 0, 0), items),)
     )
-    statistics = (Statistics(len(images), len(captioned), (), (), {}),)
+    statistics = (Statistics(len(images), captioned, (), (), {}),)
     diagnosis = Diagnosis(survey, looks, tuple(result.findings), statistics, None, (), 75)
     what = "Nothing was changed." if given.move_to is None else f"What is left out goes to {given.move_to}."
     return make_page(folder.absolute().name, diagnosis, f"Looked at by sd-train filter_images. {what}")

@@ -18,6 +18,7 @@ _SIDE = 512
 """Pictures are scaled down to it, so that figures of large and small ones are alike."""
 _TEXT_SIDE = 384
 _MOST_REGIONS = 400
+_STEP, _VARIATION, _DIVERSITY = 8, 0.5, 0.05
 
 
 def sharpness(bright: NDArray[np.uint8]) -> float:
@@ -74,14 +75,16 @@ def _follows(one: _Region, other: _Region) -> bool:
 
 
 def _letters(bright: NDArray[np.uint8]) -> list[_Region]:
-    finder = cv2.MSER.create(5, 20, bright.size // 100)
+    # Less strict than its defaults: flat letters on a lively ground are otherwise passed over.
+    finder = cv2.MSER.create(_STEP, 20, bright.size // 100, _VARIATION, _DIVERSITY)
     spots, boxes = finder.detectRegions(bright)
     found: dict[tuple[int, int, int, int], _Region] = {}
     for points, (left, top, width, height) in zip(spots, boxes, strict=True):
         share = len(points) / (width * height)
         if not (6 <= height <= len(bright) // 4 and 0.1 <= width / height <= 1.6 and 0.2 <= share <= 0.95):
             continue
-        levels = bright[points[:, 1], points[:, 0]]
+        columns, rows = np.asarray(points).T
+        levels = bright[rows, columns]
         # The same letter is found at several levels, with nearly the same box.
         place = (int(left) // 3, int(top) // 3, int(width) // 3, int(height) // 3)
         region = _Region(int(left), int(left + width), top + height / 2, int(height), float(levels.mean()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import os
 import shutil
@@ -52,7 +53,7 @@ def move_images(folder: Path, keys: Sequence[str], target: Path, journal: Journa
         DiskError: if the disk refuses.
     """
     moves = [(folder / name, target / name) for key in keys for name in (*_belonging(folder, key, keys), key)]
-    if taken := [str(after) for _, after in moves if os.path.lexists(after)]:
+    if taken := [str(after) for before, after in moves if os.path.lexists(after) and not _same(before, after)]:
         raise DataError(f"--move_to: {len(taken)} names are taken, the first is {taken[0]}; give an empty folder")
     if not moves:
         return 0
@@ -65,6 +66,11 @@ def move_images(folder: Path, keys: Sequence[str], target: Path, journal: Journa
             raise DiskError(f"{before}: cannot be moved to {after} ({problem.strerror}); give the command again "
                             "when it can, or another --move_to") from None  # fmt: skip
     return len(keys)
+
+
+def _same(before: Path, after: Path) -> bool:
+    """Whether it is there already: a copy to another disk was interrupted before its end."""
+    return after.is_file() and not after.is_symlink() and filecmp.cmp(before, after, shallow=False)
 
 
 def _move(before: Path, after: Path) -> None:

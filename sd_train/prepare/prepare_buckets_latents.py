@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -69,13 +70,13 @@ def main(argv: Sequence[str]) -> int:
     _tell("images are too small for a bucket and are left out", list(found.unfit.values()))
     broken = dict(found.broken)
     broken |= _latents(given, found.records)
-    for record in found.records:
-        if record.path not in broken:
-            metadata[matched.keys[record.path]]["train_resolution"] = list(record.bucket)
+    whole = [record for record in found.records if record.path not in broken]
+    for record in whole:
+        metadata[matched.keys[record.path]]["train_resolution"] = list(record.bucket)
     written = write_metadata(given.out_json, metadata)
-    print(f"{given.out_json}: {'written' if written else 'is as it was'}, {len(found.records)} images in "
-          f"{len({record.bucket for record in found.records})} buckets")  # fmt: skip
-    _count(found.records)
+    print(f"{given.out_json}: {'written' if written else 'is as it was'}, {len(whole)} images in "
+          f"{len({record.bucket for record in whole})} buckets")  # fmt: skip
+    _count(whole)
     for problem in broken.values():
         print(f"error: {problem}", file=sys.stderr)
     return 3 if broken else 0
@@ -120,6 +121,8 @@ def _latents(given: argparse.Namespace, records: Sequence[ImageRecord]) -> dict[
     # torch takes seconds to import, and wrong arguments need not wait for it.
     from tqdm import tqdm
 
+    # It tells of kernels that only its 4-bit layers would use, whenever another library imports it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from sd_train.device import open_device
     from sd_train.families.autoencoder import Autoencoder
     from sd_train.families.parts import ModelRequest, read_model

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -109,8 +110,7 @@ def _copy_others(image: Path, targets: Sequence[Path], overwrite: bool) -> None:
         for target in targets:
             copy = target.with_name(target.stem + extension)
             if overwrite or not os.path.exists(copy):
-                source = image.with_name(name)
-                write_whole(copy, lambda temporary, source=source: _copy(source, temporary), "dst_img_folder")
+                write_whole(copy, partial(_copy, image.with_name(name)), "dst_img_folder")
 
 
 def _copy(source: Path, target: Path) -> None:
