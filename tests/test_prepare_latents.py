@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from sd_train.__main__ import main
 from sd_train.families.parts import ModelRequest, read_model
 from sd_train.families.sources import read_all
-from tests.models import load
+from tests.models import load, write_file
 from tests.runs import PHOTOS, SOURCES
 
 LONG = "x" * 251 + ".png"
@@ -197,6 +197,33 @@ def test_wrong_arguments_are_told_at_once(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().err
     assert "ugly" in said
     assert "--out_json" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there names may be no text")
+def test_names_that_are_no_text(tiny_model: Path, tmp_path: Path) -> None:
+    images, name = tmp_path / "images", os.fsdecode(b"caf\xe9.png")
+    images.mkdir()
+    for each in (name, "plain.png"):
+        Image.open(PHOTOS / "chelsea.jpg").resize((64, 64)).save(images / each)
+    (tmp_path / "in.json").write_text(json.dumps({name: {"caption": "a cat"}, "plain.png": {}}))
+    assert prepare(tmp_path, tiny_model) == 0
+    assert json.loads((tmp_path / "out.json").read_text())[name]["train_resolution"] == [64, 64]
+    assert (images / os.fsdecode(b"caf\xe9_0064x0064_sd.npz")).is_file()
+    assert filtered(tmp_path, "--move_to", str(tmp_path / "aside")) == 0
+    assert (tmp_path / "aside" / name).is_file()
+
+
+@pytest.mark.parametrize("form", ["sdxl.safetensors", "folder"])
+def test_every_family_and_form_of_model(form: str, tiny_folder: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.open(PHOTOS / "chelsea.jpg").resize((64, 64)).save(images / "a.png")
+    (tmp_path / "in.json").write_text('{"a.png": {"caption": "a cat"}}')
+    model = write_file(tmp_path, "sdxl") if form.startswith("sdxl") else tiny_folder
+    assert prepare(tmp_path, model, "--batch_size 2") == 0
+    assert [path.name for path in images.glob("*.npz")] == [
+        f"a_0064x0064_{'sdxl' if form.startswith('sdxl') else 'sd'}.npz"
+    ]
 
 
 def flawed_images(folder: Path) -> Path:

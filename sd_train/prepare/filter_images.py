@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -18,7 +17,7 @@ from sd_train.prepare.filter_checks import CHECKS, Filtered, FilterLimits, run_c
 from sd_train.prepare.filter_measure import measure
 from sd_train.prepare.filter_moving import JOURNAL, Journal, move_images, read_journal
 from sd_train.prepare.listing import find_images, metadata_key
-from sd_train.prepare.metadata import read_metadata, write_metadata
+from sd_train.prepare.metadata import json_text, read_metadata, write_metadata
 
 if TYPE_CHECKING:
     from sd_train.doctor.looks import Look
@@ -93,7 +92,7 @@ def _captions(images: Iterable[Path], entries: Collection[Path]) -> dict[Path, i
 
 def _write_list(path: Path, journal: Journal, reported: Journal) -> None:
     content = {"leave_out": journal, "reported": dict(sorted(reported.items()))}
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, json_text(content))
 
 
 def _page(

@@ -14,6 +14,7 @@ from sd_train.config.textfile import read_text
 from sd_train.data.folders import list_folder
 from sd_train.errors import DataError, DiskError
 from sd_train.files import write_text, write_whole
+from sd_train.prepare.metadata import json_text
 
 JOURNAL = "filter_images.json"
 """In the folder that images are moved to: what was moved and why."""
@@ -57,7 +58,7 @@ def move_images(folder: Path, keys: Sequence[str], target: Path, journal: Journa
         raise DataError(f"--move_to: {len(taken)} names are taken, the first is {taken[0]}; give an empty folder")
     if not moves:
         return 0
-    write_text(target / JOURNAL, json.dumps(journal, ensure_ascii=False, indent=2) + "\n")
+    write_text(target / JOURNAL, json_text(journal))
     for before, after in moves:
         try:
             after.parent.mkdir(parents=True, exist_ok=True)

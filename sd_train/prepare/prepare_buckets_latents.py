@@ -15,7 +15,7 @@ from sd_train.data.buckets import assign
 from sd_train.data.headers import read_size
 from sd_train.data.record import ImageRecord
 from sd_train.data.settings import DatasetConfig, SubsetConfig
-from sd_train.errors import ConfigError, DataError, ModelError, Problems
+from sd_train.errors import ConfigError, DataError, ModelError, Problems, RunError
 from sd_train.prepare.arguments import Parser, check_images_folder
 from sd_train.prepare.entries import match_entries
 from sd_train.prepare.listing import find_images, metadata_key
@@ -123,7 +123,7 @@ def _latents(given: argparse.Namespace, records: Sequence[ImageRecord]) -> dict[
 
     # It tells of kernels that only its 4-bit layers would use, whenever another library imports it.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from sd_train.device import open_device
+    from sd_train.device import open_device, out_of_memory
     from sd_train.families.autoencoder import Autoencoder
     from sd_train.families.parts import ModelRequest, read_model
     from sd_train.prepare.latents import LatentsOptions, look_for, make_files, sharing, too_long
@@ -161,11 +161,19 @@ def _latents(given: argparse.Namespace, records: Sequence[ImageRecord]) -> dict[
         return encoder.encode(device.move(pixels))
 
     with tqdm(desc="encoding", unit="image", total=len(wanted), disable=not sys.stderr.isatty()) as bar:
-        for file, problem in make_files(wanted, encode, options, bar.update):
-            if problem is not None:
-                broken[file.record.path] = str(problem)
-            else:
-                made += 1
+        try:
+            for file, problem in make_files(wanted, encode, options, bar.update):
+                if problem is not None:
+                    broken[file.record.path] = str(problem)
+                else:
+                    made += 1
+        except (RuntimeError, MemoryError) as problem:
+            if not out_of_memory(problem):
+                raise
+            raise RunError(
+                f"out of memory on {device.device} after {made} files, which are kept; give the command again with a "
+                "smaller --batch_size or --max_resolution"
+            ) from None
     kept = sum(file.stands in ("fits", "foreign") for file in files)
     print(f"latents: {made} files written, {kept} kept ({parts.family}, *{suffix}.npz)")
     return broken
