@@ -25,8 +25,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LEFT = re.compile(r"\.(.+)\.(\d+)(?:-([0-9a-f]{6}))?\.(tmp|old)")
 _HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 """Tells machines and containers that write into the same folder apart."""
-_LONGEST_NAME = 255
+LONGEST_NAME = 255
 """Bytes of a file's name on the usual file systems."""
+SHORTENED = re.compile("[0-9a-f]{32}")
+"""What stands in a temporary name for one that leaves no room; for `tidy`."""
 _STALE_SECONDS = 3600.0
 """Nothing is written for so long by another machine's process: it is gone."""
 
@@ -168,7 +170,7 @@ def _beside(path: Path, kind: str) -> Path:
 def temporary_name(path: Path) -> Path:
     """Where what is to become `path` may be put together: `tidy` takes it away if this process is killed."""
     temporary, name = _beside(path, "tmp"), os.fsencode(path.name)
-    if len(name) <= _LONGEST_NAME < len(os.fsencode(temporary.name)):
+    if len(name) <= LONGEST_NAME < len(os.fsencode(temporary.name)):
         # Names may be as long as the file system takes; there is no room for more in them.
         return _beside(path.with_name(hashlib.blake2b(name, digest_size=16).hexdigest()), "tmp")
     return temporary

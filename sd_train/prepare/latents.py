@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +21,11 @@ from sd_train.data.resize import cut_mask
 from sd_train.diffusion.draws import normal_rows
 from sd_train.errors import DataError
 from sd_train.files import write_whole
+from sd_train.prepare.listing import too_long
 from sd_train.randomness import derive
 
 MARK = "sd_train"
 """Entry of a file that was made here: what its latents depend on beside the image. sd-scripts reads past it."""
-_LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,6 @@ class LatentsOptions:
     trust: bool = False
     """Whether any file that has the shape is kept, whatever made it."""
     overwrite: bool = False
-
-
-@dataclass
-class Broken:
-    """Images that cannot be read, with the reason."""
-
-    found: dict[Path, str] = field(default_factory=dict)
-
-
-def too_long(path: Path) -> bool:
-    """Whether `path` ends in a name that file systems refuse."""
-    return len(os.fsencode(path.name)) > _LONGEST_NAME
 
 
 def look_for(record: ImageRecord, options: LatentsOptions) -> LatentsFile:

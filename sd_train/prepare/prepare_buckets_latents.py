@@ -18,7 +18,7 @@ from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.errors import ConfigError, DataError, ModelError, Problems, RunError
 from sd_train.prepare.arguments import Parser, check_images_folder
 from sd_train.prepare.entries import match_entries
-from sd_train.prepare.listing import find_images, metadata_key
+from sd_train.prepare.listing import find_images, metadata_key, tidy_folders, too_long
 from sd_train.prepare.metadata import read_metadata, write_metadata
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _latents(given: argparse.Namespace, records: Sequence[ImageRecord]) -> dict[
     from sd_train.device import open_device, out_of_memory
     from sd_train.families.autoencoder import Autoencoder
     from sd_train.families.parts import ModelRequest, read_model
-    from sd_train.prepare.latents import LatentsOptions, look_for, make_files, sharing, too_long
+    from sd_train.prepare.latents import LatentsOptions, look_for, make_files, sharing
 
     parts = read_model(ModelRequest(given.model_name_or_path, given.v2, None, given.sdxl, given.vae, guess=True,
                                     option="model_name_or_path"))  # fmt: skip
@@ -143,6 +143,7 @@ def _latents(given: argparse.Namespace, records: Sequence[ImageRecord]) -> dict[
         suffix, encoder.digest(), given.seed, given.batch_size,
         min(8, os.cpu_count() or 1) if workers is None else workers, given.skip_existing, given.overwrite,
     )  # fmt: skip
+    tidy_folders((record.path.parent for record in records), ".npz")
     shared = sharing(records, suffix)
     _tell("images share the name of their latents with another one and have none of their own: rename them",
           [str(path) for path in shared])  # fmt: skip

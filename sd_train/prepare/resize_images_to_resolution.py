@@ -20,7 +20,7 @@ from sd_train.data.settings import Interpolation
 from sd_train.errors import ConfigError, DataError, Problems
 from sd_train.files import write_whole
 from sd_train.prepare.arguments import Parser, check_images_folder
-from sd_train.prepare.listing import find_images
+from sd_train.prepare.listing import find_images, tidy_folders, too_long
 
 Size = tuple[int, int]
 
@@ -31,8 +31,8 @@ _INTERPOLATIONS: dict[str, Interpolation] = {
 
 _ABOUT = """Write a copy of each image of SRC for each of --max_resolution into DST, as NAME+WxH.jpg: scaled down, in
 its own aspect ratio, to that area at most; smaller images keep their size. Images are turned upright and transparency
-becomes white. Copies that are there are left alone. The exit code is 3 if an image cannot be read; all others are
-done."""
+becomes white. Copies that are there are left alone. The exit code is 3 if an image cannot be read or copied;
+all others are done."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,13 +45,17 @@ def main(argv: Sequence[str]) -> int:
     resolutions = _checked(given)
     images = find_images(given.src_img_folder, given.recursive)
     names = _names(images)
+    end = ".png" if given.save_as_png else ".jpg"
+    tidy_folders((given.dst_img_folder / image.parent.relative_to(given.src_img_folder) for image in images), end)
     written, kept, broken = 0, 0, list[str]()
     for image in images:
         folder = given.dst_img_folder / image.parent.relative_to(given.src_img_folder)
-        end = ".png" if given.save_as_png else ".jpg"
         targets = {each: folder / f"{names[image]}+{each[0]}x{each[1]}{end}" for each in resolutions}
         missing = {each: path for each, path in targets.items() if given.overwrite or not os.path.exists(path)}
         kept += len(targets) - len(missing)
+        if any(map(too_long, targets.values())):
+            broken.append(f"{image}: its name leaves no room for that of its copies; rename it")
+            continue
         try:
             _write_copies(image, missing, given)
         except DataError as problem:
@@ -75,11 +79,11 @@ def _names(images: Sequence[Path]) -> dict[Path, str]:
 def scaled(size: Size, most: Size, multiple: int) -> tuple[Size, Size]:
     """(size to resize an image of `size` to, size to cut that to) for an area of at most `most`'s.
 
-    The second is the first with sides that are multiples of `multiple`.
+    The second is the first with sides that are multiples of `multiple`, 0 where one is shorter.
     """
     area = most[0] * most[1]
     scale = min(1.0, (area / (size[0] * size[1])) ** 0.5)
-    resized = max(multiple, int(size[0] * scale)), max(multiple, int(size[1] * scale))
+    resized = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
     return resized, (resized[0] - resized[0] % multiple, resized[1] - resized[1] % multiple)
 
 
@@ -88,6 +92,11 @@ def _write_copies(image: Path, targets: dict[Size, Path], given: argparse.Namesp
     for resolution, path in targets.items():
         assert pixels is not None
         resized, target = scaled((pixels.shape[1], pixels.shape[0]), resolution, given.divisible_by)
+        if min(target) == 0:
+            raise DataError(
+                f"{image}: a side of {min(resized)} pixels is shorter than --divisible_by {given.divisible_by}; remove "
+                "it, or give a smaller number"
+            )
         crop = (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2
         copy = Image.fromarray(cut_out(pixels, resized, target, crop, _INTERPOLATIONS[given.interpolation]))
 
