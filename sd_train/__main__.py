@@ -40,6 +40,22 @@ COMMANDS = {
     "make_captions": ("sd_train.prepare.make_captions", "describe images in a sentence, by BLIP and its like"),
     "tag_images_by_wd14_tagger": ("sd_train.prepare.tag_images_by_wd14_tagger", "tag images by WD14 and its like"),
     "make_tiny_model": ("sd_train.commands.make_tiny_model", "write a tiny model with random weights"),
+    "prepare_buckets_latents": (
+        "sd_train.prepare.prepare_buckets_latents", "put images into buckets and their latents beside them",
+    ),
+    "filter_images": ("sd_train.prepare.filter_images", "find images that do harm, and leave them out or move them"),
+    "resize_images_to_resolution": (
+        "sd_train.prepare.resize_images_to_resolution", "write scaled-down copies of images",
+    ),
+    "cache_latents": ("sd_train.prepare.cache_latents", "fill the cache of a training's latents"),
+    "cache_text_encoder_outputs": (
+        "sd_train.prepare.cache_text_encoder_outputs", "fill the cache of a training's encoded captions",
+    ),
+    "convert_diffusers20_original_sd": (
+        "sd_train.prepare.convert_diffusers20_original_sd", "convert, with sd-scripts' arguments",
+    ),
+    "merge_models": ("sd_train.prepare.merge_models", "mix whole models by weighted sum"),
+    "show_metadata": ("sd_train.prepare.show_metadata", "print what a model file tells of itself"),
     "demo": ("sd_train.commands.demo", "teach a small model a new thing, and show it before and after"),
 }
 

@@ -25,8 +25,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LEFT = re.compile(r"\.(.+)\.(\d+)(?:-([0-9a-f]{6}))?\.(tmp|old)")
 _HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 """Tells machines and containers that write into the same folder apart."""
-_LONGEST_NAME = 255
-"""Bytes, on nearly every file system."""
+LONGEST_NAME = 255
+"""Bytes of a file's name on the usual file systems."""
+SHORTENED = re.compile("[0-9a-f]{32}")
+"""What stands in a temporary name for one that leaves no room; for `tidy`."""
 _STALE_SECONDS = 3600.0
 """Nothing is written for so long by another machine's process: it is gone."""
 
@@ -99,7 +101,7 @@ def write_whole(path: Path, write: Callable[[Path], None], option: str = "--outp
         DiskError: if the disk refuses; nothing half-written stays behind. It advises another `option`.
     """
     _make_folder(path.parent, option)
-    temporary = _beside(path, "tmp")
+    temporary = temporary_name(path)
     try:
         write(temporary)
         _share(temporary)
@@ -162,17 +164,16 @@ def write_folder(path: Path, fill: Callable[[Path], None], option: str = "--outp
 
 
 def _beside(path: Path, kind: str) -> Path:
-    end = f".{os.getpid()}-{_HOST}.{kind}"
-    name = path.name
-    # Names may be as long as the disk takes; what is put back needs its own.
-    if kind == "tmp" and len(os.fsencode(f".{name}{end}")) > _LONGEST_NAME >= len(os.fsencode(name)):
-        name = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest() + path.suffix[:16]
-    return path.with_name(f".{name}{end}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{_HOST}.{kind}")
 
 
 def temporary_name(path: Path) -> Path:
     """Where what is to become `path` may be put together: `tidy` takes it away if this process is killed."""
-    return _beside(path, "tmp")
+    temporary, name = _beside(path, "tmp"), os.fsencode(path.name)
+    if len(name) <= LONGEST_NAME < len(os.fsencode(temporary.name)):
+        # Names may be as long as the file system takes; there is no room for more in them.
+        return _beside(path.with_name(hashlib.blake2b(name, digest_size=16).hexdigest()), "tmp")
+    return temporary
 
 
 def _refused(path: Path, problem: OSError, option: str) -> DiskError:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sd_train.data.folders import list_folder
 from sd_train.errors import DataError
+from sd_train.files import LONGEST_NAME, SHORTENED, tidy
 
 
 def find_images(folder: Path, recursive: bool) -> list[Path]:
@@ -44,3 +45,14 @@ def metadata_key(image: Path, folder: Path, full_path: bool) -> str:
     read by both.
     """
     return str(image.absolute()) if full_path else image.relative_to(folder).as_posix()
+
+
+def too_long(path: Path) -> bool:
+    """Whether `path` ends in a name that file systems refuse."""
+    return len(os.fsencode(path.name)) > LONGEST_NAME
+
+
+def tidy_folders(folders: Iterable[Path], extension: str) -> None:
+    """Remove what commands that were killed left unfinished in `folders`, of files that end in `extension`."""
+    for folder in dict.fromkeys(folders):
+        tidy(folder, lambda name: name.endswith(extension) or SHORTENED.fullmatch(name) is not None)

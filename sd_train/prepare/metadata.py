@@ -49,7 +49,7 @@ def write_metadata(path: Path, metadata: Mapping[str, Mapping[str, Any]]) -> boo
     Raises:
         DiskError: if the disk refuses.
     """
-    text = json.dumps(metadata, ensure_ascii=False, indent=2) + "\n"
+    text = json_text(metadata)
     if path.is_file():
         before = path.read_bytes()
         if before == text.encode():
@@ -57,6 +57,16 @@ def write_metadata(path: Path, metadata: Mapping[str, Mapping[str, Any]]) -> boo
         write_whole(path.with_name(path.name + ".bak"), lambda temporary: _put(temporary, before))
     write_text(path, text)
     return True
+
+
+def json_text(content: object) -> str:
+    """`content` as JSON to be read by people; escaped where a file's name is no UTF-8, as text cannot hold it."""
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=2) + "\n"
+    return text
 
 
 def _put(path: Path, content: bytes) -> None:
