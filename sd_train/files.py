@@ -25,6 +25,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LEFT = re.compile(r"\.(.+)\.(\d+)(?:-([0-9a-f]{6}))?\.(tmp|old)")
 _HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 """Tells machines and containers that write into the same folder apart."""
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on every common file system."""
 _STALE_SECONDS = 3600.0
 """Nothing is written for so long by another machine's process: it is gone."""
 
@@ -160,7 +162,12 @@ def write_folder(path: Path, fill: Callable[[Path], None], option: str = "--outp
 
 
 def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{_HOST}.{kind}")
+    end = f".{os.getpid()}-{_HOST}.{kind}"
+    name = path.name
+    if kind == "tmp" and len(os.fsencode(f".{name}{end}")) > _LONGEST_NAME:
+        # What is at most as long as file systems allow is still written; its temporary name just says less.
+        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return path.with_name(f".{name}{end}")
 
 
 def temporary_name(path: Path) -> Path:

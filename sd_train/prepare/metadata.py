@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_train.config.textfile import read_text
 from sd_train.errors import DataError
-from sd_train.files import write_text, write_whole
+from sd_train.files import write_whole
 
 Metadata = dict[str, dict[str, Any]]
 """{image: {"caption": text, "tags": text, "image_size": [width, height], ...}}; other keys are kept as they are."""
@@ -49,14 +49,25 @@ def write_metadata(path: Path, metadata: Mapping[str, Mapping[str, Any]]) -> boo
     Raises:
         DiskError: if the disk refuses.
     """
-    text = json.dumps(metadata, ensure_ascii=False, indent=2) + "\n"
+    content = encoded(metadata)
     if path.is_file():
         before = path.read_bytes()
-        if before == text.encode():
+        if before == content:
             return False
-        write_whole(path.with_name(path.name + ".bak"), lambda temporary: _put(temporary, before))
-    write_text(path, text)
+        backup = path.with_name(path.name + ".bak")
+        write_whole(backup, lambda temporary: _put(temporary, before), "place for the metadata")
+    write_whole(path, lambda temporary: _put(temporary, content), "place for the metadata")
     return True
+
+
+def encoded(metadata: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """`metadata` as the bytes of its file."""
+    text = json.dumps(metadata, ensure_ascii=False, indent=2)
+    try:
+        return (text + "\n").encode()
+    except UnicodeEncodeError:
+        # JSON can hold halves of characters, as escapes alone.
+        return (json.dumps(metadata, indent=2) + "\n").encode()
 
 
 def _put(path: Path, content: bytes) -> None:
