@@ -78,8 +78,11 @@ def merge(given: Namespace, sources: list[Source], clean: Clean | None = None) -
     _rename(metadata, named, folder, given)
     sidecars, added = Sidecars(), 0
     for key, image in _with_progress(named):
+        before = len(passed.broken)
         texts = _texts(image, sources, sidecars, passed)
         if not texts:
+            if len(passed.broken) == before:
+                passed.missing.append(key)
             continue
         entry = metadata.setdefault(key, {})
         for name, text in texts.items():
@@ -142,17 +145,12 @@ def _rename(metadata: Metadata, named: list[tuple[str, Path]], folder: Path, giv
 
 def _texts(image: Path, sources: list[Source], sidecars: Sidecars, passed: Passed) -> dict[str, str]:
     """What is beside `image`, by key in metadata; stripped, several lines stay several."""
-    found, readable = dict[str, str](), True
+    found = dict[str, str]()
     for source in sources:
         path = sidecars.find(image, source.extension)
-        if path is None:
-            continue
-        text = passed.read(path)
-        readable &= text is not None
+        text = None if path is None else passed.read(path)
         if text is not None:
             found[source.name] = text.strip()
-    if not found and readable:
-        passed.missing.append(image.name)
     return found
 
 
