@@ -18,7 +18,7 @@ from typing import Literal
 
 from sd_train.config.textfile import printable, read_text
 from sd_train.errors import DataError, DiskError
-from sd_train.files import temporary_name, write_text
+from sd_train.files import temporary_name, tidy, write_text
 
 FOLDER = ".caption_edits"
 _NAME = re.compile(r"(\d+)(?:\.(pending|undone))?\.json")
@@ -99,10 +99,11 @@ class Journal:
             DataError: if the journal is damaged.
             DiskError: if the disk refuses; the edit can then be carried out again.
         """
-        changed, foreign = 0, list[str]()
+        changed, foreign, places = 0, list[str](), dict[Path, set[str]]()
         for name, before, after in self._read(entry)["files"]:  # type: ignore[attr-defined]
             path = self._base.resolve() / name
             old, new = (after, before) if undo else (before, after)
+            places.setdefault(path.parent, set()).add(path.name)
             try:
                 now = path.read_bytes()
             except OSError:
@@ -112,6 +113,9 @@ class Journal:
                 changed += 1
             elif now != new.encode():
                 foreign.append(printable(str(path)))
+        # A process that was killed has left what it was writing.
+        for folder, names in places.items():
+            tidy(folder, names.__contains__)
         ending = ".undone.json" if undo else ".json"
         os.replace(entry.path, entry.path.with_name(f"{entry.number:04}{ending}"))
         return changed, foreign

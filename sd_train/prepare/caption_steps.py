@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sd_train.errors import Problems
+from sd_train.errors import ConfigError, Problems
 from sd_train.prepare.arguments import Parser
 from sd_train.prepare.caption_sources import Style
 from sd_train.prepare.patterns import check_replacement, compile_pattern
@@ -134,6 +134,8 @@ def _swap(line: str, context: Context, patterns: list[re.Pattern[str]], new: str
 
 
 def _put(line: str, context: Context, text: str, first: bool) -> str:
+    if context.style.divider and context.style.divider in text:
+        raise ConfigError(f"{text!r} holds the dataset's keep_tokens_separator; give tags alone, or use --replace")
     tags = [tag for tag in (tag.strip() for tag in text.split(context.style.separator)) if tag]
     known = {_key(tag, context) for tag in tags}
     parts = [[tag for tag in part if _key(tag, context) not in known] for part in split(line, context.style)]

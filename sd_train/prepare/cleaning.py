@@ -45,10 +45,13 @@ def clean_text(name: str, text: str, rules: Rules) -> str:
 
 
 def _until_settled(clean: Any, line: str, rules: Rules) -> str:
+    longest = len(line) * 8 + 10_000
     for _ in range(_MOST_ROUNDS):
         before, line = line, clean(line, rules)
         if line == before:
             return line
+        if len(line) > longest:
+            break
     raise ConfigError(
         f"the rules turn {before[:80]!r} into {line[:80]!r} and never come to an end; remove the rule that undoes or "
         "repeats another"

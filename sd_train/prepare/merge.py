@@ -70,6 +70,8 @@ def merge(given: Namespace, sources: list[Source], clean: Clean | None = None) -
     check_images_folder(folder, problems)
     if given.out_json.is_dir():
         problems.add("OUT.json", str(given.out_json), "is a folder", "give a file's name, such as meta.json")
+    if given.out_json.suffix.lower() == ".jsonl":
+        problems.add("OUT.json", str(given.out_json), "would be read line by line", "end its name in .json")
     problems.raise_if_any(ConfigError)
     images = find_images(folder, given.recursive)
     metadata = start_from(given.in_json, given.out_json)
@@ -138,8 +140,8 @@ def _rename(metadata: Metadata, named: list[tuple[str, Path]], folder: Path, giv
     if other:
         way_out = "leave out --full_path" if given.full_path else "give --full_path"
         raise ConfigError(
-            f"{given.in_json or given.out_json}: {numbered(len(other), 'image')} stand there under another name "
-            f"({shown(other)}), and would stand there twice; {way_out}, or give another OUT.json"
+            f"{given.in_json or given.out_json}: names {numbered(len(other), 'image')} otherwise ({shown(other)}), and "
+            f"would hold them twice; {way_out}, or give another OUT.json"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_train.config.textfile import read_text
 from sd_train.errors import DataError
-from sd_train.files import write_whole
+from sd_train.files import tidy, write_whole
 
 Metadata = dict[str, dict[str, Any]]
 """{image: {"caption": text, "tags": text, "image_size": [width, height], ...}}; other keys are kept as they are."""
@@ -50,6 +50,8 @@ def write_metadata(path: Path, metadata: Mapping[str, Mapping[str, Any]]) -> boo
         DiskError: if the disk refuses.
     """
     content = encoded(metadata)
+    # A process that was killed has left what it was writing.
+    tidy(path.parent, {path.name, path.name + ".bak"}.__contains__)
     if path.is_file():
         before = path.read_bytes()
         if before == content:
