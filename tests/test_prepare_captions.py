@@ -341,6 +341,24 @@ def test_a_killed_edit_is_finished_or_undone(tmp_path: Path, capsys: pytest.Capt
     assert files(tmp_path) == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are UTF-8")
+def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    put(tmp_path / f"{name}.png", "x")
+    put(tmp_path / "a.png", "x")
+    assert run("merge_dd_tags_to_metadata", tmp_path, tmp_path / "m.json") == 3
+    assert json.loads((tmp_path / "m.json").read_text()) == {"a.png": {"tags": "x"}}
+    assert "its name is not UTF-8, which metadata needs" in capsys.readouterr().err
+    assert run("caption", "edit", tmp_path, "--append", "y", "--apply") == 0
+    assert (tmp_path / f"{name}.txt").read_text() == "x, y"
+    assert run("caption", "edit", tmp_path, "--undo") == 0
+    assert (tmp_path / f"{name}.txt").read_text() == "x"
+    # Halves of characters, which JSON can hold, come through.
+    (tmp_path / "m.json").write_text('{"a.png": {"caption": "a woman \\ud800"}}')
+    assert run("clean_captions_and_tags", tmp_path / "m.json", tmp_path / "out.json") == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == {"a.png": {"caption": "a girl \ud800"}}
+
+
 def dataset(path: Path, *subsets: str) -> Path:
     text = "".join(f"[[datasets.subsets]]\n{subset}\n" for subset in subsets)
     path.write_text(f"[[datasets]]\nbatch_size = 1\n{text}", encoding="utf-8")
@@ -349,21 +367,21 @@ def dataset(path: Path, *subsets: str) -> Path:
 
 def test_a_dataset_file_says_where_captions_are(tmp_path: Path) -> None:
     put(tmp_path / "one" / "a.png", "z;  b ||| d; c; d", ".caption")
-    put(tmp_path / "two" / "b.png", "z, y")
+    put(tmp_path / "two" / "b.png", "z, y, x")
     put(tmp_path / "three" / "c.png")
     meta = tmp_path / "m.json"
     meta.write_text('{"c.png": {"caption": "b, a", "tags": "q, p", "x": 1}}')
     config = dataset(
         tmp_path / "d.toml",
         "image_dir = 'one'\ncaption_separator = ';'\nkeep_tokens_separator = '|||'",
-        "image_dir = 'two'\ncaption_extension = '.txt'",
+        "keep_tokens = 1\nimage_dir = 'two'\ncaption_extension = '.txt'",
     )  # fmt: skip
     tuned = dataset(tmp_path / "t.toml", "image_dir = 'three'\nmetadata_file = 'm.json'")
     before = files(tmp_path)
     assert run("caption", "edit", config, "--sort", "--dedupe", "--prepend", "new", "--apply") == 0
     assert run("caption", "edit", tuned, "--sort", "--apply") == 0
     assert (tmp_path / "one" / "a.caption").read_text() == "new; b; z ||| c; d"
-    assert (tmp_path / "two" / "b.txt").read_text() == "new, y, z"
+    assert (tmp_path / "two" / "b.txt").read_text() == "new, z, x, y"
     assert json.loads(meta.read_text()) == {"c.png": {"caption": "b, a", "tags": "p, q", "x": 1}}
     assert run("caption", "edit", meta, "--sort", "--field", "caption", "--apply") == 0
     assert json.loads(meta.read_text()) == {"c.png": {"caption": "a, b", "tags": "p, q", "x": 1}}

@@ -24,7 +24,7 @@ from sd_train.prepare.caption_sources import (
 )
 from sd_train.prepare.caption_steps import Context, Step, add_steps, make_steps, run_steps, with_counts
 from sd_train.prepare.patterns import limited
-from sd_train.prepare.sidecars import Passed, numbered, shown
+from sd_train.prepare.sidecars import Passed, numbered, shown, with_progress
 
 ABOUT = """Change the captions of a dataset: text files beside the images, or metadata.
 
@@ -87,7 +87,7 @@ def _parser() -> Parser:
 
 def _read(found: Found, passed: Passed) -> list[tuple[CaptionFile, str]]:
     contents = []
-    for file in found.files:
+    for file in with_progress(found.files, "reading"):
         try:
             contents.append((file, read_content(file)))
         except DataError as problem:
@@ -101,9 +101,12 @@ def _contexts(contents: list[tuple[CaptionFile, str]], given: Namespace) -> tupl
     for file, content in contents:
         texts = list(lines_of(file, content))
         captions += len(texts)
-        lines.setdefault(file.style, []).extend(line for _, found in texts for line in found)
-    contexts = {style: Context(style, given.ignore_case, given.keep_tokens, {}) for style in lines}
-    return captions, {style: with_counts(context, lines[style]) for style, context in contexts.items()}
+        lines.setdefault(file.style, []).extend(line for _, each in texts for line in each)
+    contexts = dict[Style, Context]()
+    for style, found in lines.items():
+        keep = style.keep_tokens if given.keep_tokens is None else given.keep_tokens
+        contexts[style] = with_counts(Context(style, given.ignore_case, keep, {}), found)
+    return captions, contexts
 
 
 def _edits(

@@ -14,11 +14,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sd_train.config.textfile import printable, read_text
 from sd_train.errors import DataError, DiskError
-from sd_train.files import temporary_name, tidy, write_text
+from sd_train.files import temporary_name, tidy, write_whole
+from sd_train.prepare.sidecars import with_progress
 
 FOLDER = ".caption_edits"
 _NAME = re.compile(r"(\d+)(?:\.(pending|undone))?\.json")
@@ -63,7 +64,7 @@ class Journal:
         standing = [entry for entry in self._entries() if entry.state != "undone"]
         return next((entry for entry in reversed(standing) if self._read(entry)["target"] == self._target), None)
 
-    def _read(self, entry: Entry) -> dict[str, object]:
+    def _read(self, entry: Entry) -> dict[str, Any]:
         try:
             content = json.loads(read_text(entry.path, DataError))
         except (ValueError, RecursionError) as problem:
@@ -83,7 +84,8 @@ class Journal:
         files = [[self._name(edit.path), edit.before, edit.after] for edit in edits]
         content = {"target": self._target, "command": list(command), "files": files}
         # ASCII, as JSON alone can write file names that are no UTF-8.
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(path, lambda temporary: _put(temporary, text), "folder, as edits are noted in that of the captions")
         return Entry(path, number, "pending")
 
     def _name(self, path: Path) -> str:
@@ -100,7 +102,7 @@ class Journal:
             DiskError: if the disk refuses; the edit can then be carried out again.
         """
         changed, foreign, places = 0, list[str](), dict[Path, set[str]]()
-        for name, before, after in self._read(entry)["files"]:  # type: ignore[attr-defined]
+        for name, before, after in with_progress(self._read(entry)["files"], "writing"):
             path = self._base.resolve() / name
             old, new = (after, before) if undo else (before, after)
             places.setdefault(path.parent, set()).add(path.name)
@@ -119,6 +121,10 @@ class Journal:
         ending = ".undone.json" if undo else ".json"
         os.replace(entry.path, entry.path.with_name(f"{entry.number:04}{ending}"))
         return changed, foreign
+
+
+def _put(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def replace_file(path: Path, content: bytes) -> None:

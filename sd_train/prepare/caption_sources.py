@@ -36,6 +36,8 @@ class Style:
     separator: str = ","
     divider: str = ""
     """`keep_tokens_separator`: what divides the caption into parts of tags; "": nothing does."""
+    keep_tokens: int = 0
+    """First tags that keep their place."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +151,14 @@ def _of_dataset(path: Path, given: Namespace) -> Found:
         missing |= dict.fromkeys(found.missing)
         for file in found.files:
             if files.setdefault(file.path, file).style != file.style:
-                problems.add(subset.origin, str(file.path), "is used elsewhere with other separators", "use one")
+                problems.add(subset.origin, str(file.path), "is used elsewhere with other separators or keep_tokens",
+                             "use the same")
     problems.raise_if_any(ConfigError)
     return Found(list(files.values()), list(missing))
 
 
 def _of_subset(subset: SubsetConfig, given: Namespace, sidecars: Sidecars, problems: Problems) -> Found:
-    style = Style(subset.caption_separator, subset.keep_tokens_separator)
+    style = Style(subset.caption_separator, subset.keep_tokens_separator, subset.keep_tokens)
     if subset.metadata_file is None:
         return _beside(find_images(subset.image_dir, False), subset.caption_extension, style, sidecars)
     if subset.metadata_file.suffix.lower() != ".json":

@@ -58,7 +58,9 @@ def add_steps(parser: Parser) -> None:
         "--sort", action=_InOrder, nargs="?", const="name", choices=("name", "frequency"), metavar="BY",
         help="by name (default) or frequency in the dataset, the most frequent first",
     )  # fmt: skip
-    parser.add_argument("--keep_tokens", type=int, default=0, metavar="N", help="--sort leaves the first N tags")
+    parser.add_argument(
+        "--keep_tokens", type=int, metavar="N", help="--sort leaves the first N tags (default: the dataset file's)"
+    )
     parser.add_argument("--ignore_case", action="store_true", help="a is A, in all steps")
 
 
@@ -67,7 +69,7 @@ def make_steps(given: Namespace, problems: Problems) -> list[Step]:
     if not getattr(given, "steps", None):
         problems.add("sd-train caption edit", None, "nothing to do is given", "give --replace, --remove, --sort, ...")
         return []
-    if given.keep_tokens < 0:
+    if given.keep_tokens is not None and given.keep_tokens < 0:
         problems.add("--keep_tokens", given.keep_tokens, "is below 0", "give 0 or more")
     flags = re.IGNORECASE if given.ignore_case else 0
     return [step for name, words in given.steps if (step := _step(name, words, flags, problems)) is not None]

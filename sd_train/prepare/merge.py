@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import SUPPRESS, Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from sd_train.errors import ConfigError, DataError, Problems
 from sd_train.prepare.arguments import Parser, check_images_folder, extension_of
 from sd_train.prepare.listing import find_images, metadata_key
 from sd_train.prepare.metadata import Metadata, start_from, write_metadata
-from sd_train.prepare.sidecars import Passed, Sidecars, numbered, shown
+from sd_train.prepare.sidecars import Passed, Sidecars, numbered, shown, with_progress
 
 Clean = Callable[[str, str], str]
 """(key in metadata, text) -> text."""
@@ -79,7 +79,7 @@ def merge(given: Namespace, sources: list[Source], clean: Clean | None = None) -
     named, passed = _keys(images, folder, given.full_path)
     _rename(metadata, named, folder, given)
     sidecars, added = Sidecars(), 0
-    for key, image in _with_progress(named):
+    for key, image in with_progress(named, "reading"):
         before = len(passed.broken)
         texts = _texts(image, sources, sidecars, passed)
         if not texts:
@@ -154,12 +154,3 @@ def _texts(image: Path, sources: list[Source], sidecars: Sidecars, passed: Passe
         if text is not None:
             found[source.name] = text.strip()
     return found
-
-
-def _with_progress(named: list[tuple[str, Path]]) -> Iterable[tuple[str, Path]]:
-    """`named`, with a bar where someone looks on."""
-    if not sys.stderr.isatty():
-        return named
-    from tqdm import tqdm
-
-    return tqdm(named, desc="reading", unit="image")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from sd_train.config.textfile import printable, read_text
 from sd_train.data.captions import caption_name
@@ -13,6 +15,7 @@ from sd_train.data.folders import list_folder
 from sd_train.errors import DataError
 
 _SHOWN = 5
+_Item = TypeVar("_Item")
 
 
 class Sidecars:
@@ -65,3 +68,12 @@ def shown(names: Sequence[str]) -> str:
 def numbered(count: int, noun: str) -> str:
     """`count` with its `noun`, in the plural where it belongs."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def with_progress(items: Sequence[_Item], what: str) -> Iterable[_Item]:
+    """`items`, with a bar that says `what` is done where someone looks on."""
+    if not sys.stderr.isatty():
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, unit="file")
