@@ -199,11 +199,11 @@ def test_cleaning_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     meta, out, rules = tmp_path / "m.json", tmp_path / "out.json", tmp_path / "rules.toml"
     content = {"a": {"caption": "a woman", "tags": "x_y, bad", "image_size": [1, 2]}, "b": {}, "c": {"tags": 3}}
     meta.write_text(json.dumps(content))
-    own = '[tags]\nremove = ["b.d"]\nunderscores = false\n[captions]\nreplace = [["woman", "lady in red"]]\n'
+    own = '[tags]\nremove = ["b.d"]\nunderscores = false\n[captions]\nreplace = [["woman", "lady in \\\\1"]]\n'
     rules.write_text(own)
     assert run("clean_captions_and_tags", meta, out, "--rules", rules, "--debug") == 3
     # The file's own rules come first, those built in after.
-    clean = {"caption": "a girl in red", "tags": "x_y", "image_size": [1, 2]}
+    clean = {"caption": "a girl in \\1", "tags": "x_y", "image_size": [1, 2]}
     assert json.loads(out.read_text()) == {**content, "a": clean}
     assert json.loads(meta.read_text()) == content
     said = capsys.readouterr()
@@ -216,7 +216,7 @@ def test_cleaning_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (out.read_bytes(), out.stat().st_mtime_ns) == state
     rules.write_text('base = "none"\n' + own)
     assert run("clean_captions_and_tags", meta, out, "--rules", rules) == 3
-    assert json.loads(out.read_text())["a"]["caption"] == "a lady in red"
+    assert json.loads(out.read_text())["a"]["caption"] == "a lady in \\1"
     capsys.readouterr()
     assert run("clean_captions_and_tags", "--print_rules") == 0
     assert capsys.readouterr().out == as_toml("anime") + "\n"

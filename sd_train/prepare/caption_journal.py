@@ -22,8 +22,12 @@ from sd_train.files import temporary_name, tidy, write_whole
 from sd_train.prepare.sidecars import with_progress
 
 FOLDER = ".caption_edits"
-_NAME = re.compile(r"(\d+)(?:\.(pending|undone))?\.json")
 State = Literal["pending", "done", "undone"]
+_NAMES: dict[State, re.Pattern[str]] = {
+    "pending": re.compile(r"(\d+)\.pending\.json"),
+    "done": re.compile(r"(\d+)\.json"),
+    "undone": re.compile(r"(\d+)\.undone\.json"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,12 @@ class Journal:
         folder = self._base / FOLDER
         if not folder.is_dir():
             return []
-        names = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-        found = [Entry(path, int(match[1]), match[2] or "done") for match, path in names if match]  # type: ignore[arg-type]
+        found = [
+            Entry(path, int(match[1]), state)
+            for path in folder.iterdir()
+            for state, pattern in _NAMES.items()
+            if (match := pattern.fullmatch(path.name))
+        ]
         return sorted(found, key=lambda entry: entry.number)
 
     def last(self) -> Entry | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ class Rules:
     """How captions and tags are cleaned; see `cleaning_rules` for what each part means."""
 
     captions: tuple[tuple[re.Pattern[str], str], ...]
+    """(words, what `re.sub` puts in their place)."""
     underscores: bool
     keep: frozenset[str]
     replace: Mapping[str, str]
@@ -44,7 +45,7 @@ def clean_text(name: str, text: str, rules: Rules) -> str:
         return "\n".join(_until_settled(clean, line, rules) for line in text.split("\n"))
 
 
-def _until_settled(clean: Any, line: str, rules: Rules) -> str:
+def _until_settled(clean: Callable[[str, Rules], str], line: str, rules: Rules) -> str:
     longest = len(line) * 8 + 10_000
     for _ in range(_MOST_ROUNDS):
         before, line = line, clean(line, rules)
@@ -60,7 +61,7 @@ def _until_settled(clean: Any, line: str, rules: Rules) -> str:
 
 def _clean_caption(line: str, rules: Rules) -> str:
     for pattern, new in rules.captions:
-        line = pattern.sub(lambda found, new=new: new, line)  # type: ignore[misc]
+        line = pattern.sub(new, line)
     return _BLANKS.sub(" ", line).strip()
 
 
@@ -148,7 +149,8 @@ def _compiled(file: TomlFile, values: Mapping[str, Mapping[str, Any]], problems:
         if pattern.search(new):
             place = file.where("captions", "replace")
             problems.add(place, [old, new], "would find its own result again", "leave the old words out of the new")
-        captions.append((pattern, new.strip()))
+        # A backslash stands for itself.
+        captions.append((pattern, new.strip().replace("\\", r"\\")))
     tags = values["tags"]
 
     def patterns(name: str) -> tuple[re.Pattern[str], ...]:
