@@ -29,6 +29,13 @@ COMMANDS = {
     "convert": ("sd_train.commands.convert", "convert a model between single files and diffusers folders"),
     "lora": ("sd_train.commands.lora", "check, merge, resize, extract and convert LoRA files"),
     "plan": ("sd_train.commands.plan", "say what a training will do, without loading the model"),
+    "merge_captions_to_metadata": (
+        "sd_train.prepare.merge_captions_to_metadata", "collect images' captions in a metadata file",
+    ),
+    "merge_dd_tags_to_metadata": ("sd_train.prepare.merge_dd_tags_to_metadata", "collect images' tags there"),
+    "merge_all_to_metadata": ("sd_train.prepare.merge_all_to_metadata", "collect both there in one pass"),
+    "clean_captions_and_tags": ("sd_train.prepare.clean_captions_and_tags", "tidy captions and tags by rules"),
+    "caption": ("sd_train.commands.caption", "edit captions with a preview and undo; count their tags"),
     "doctor": ("sd_train.commands.doctor", "look for everything that is wrong or unusual in a dataset"),
     "verify_resume": ("sd_train.commands.verify_resume", "prove that a stopped training goes on to the bit, here"),
     "schedule": ("sd_train.commands.schedule", "draw the learning rates of a training"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_train.config.textfile import read_text
 from sd_train.errors import DataError
-from sd_train.files import write_text, write_whole
+from sd_train.files import tidy, write_whole
 
 Metadata = dict[str, dict[str, Any]]
 """{image: {"caption": text, "tags": text, "image_size": [width, height], ...}}; other keys are kept as they are."""
@@ -49,13 +49,16 @@ def write_metadata(path: Path, metadata: Mapping[str, Mapping[str, Any]]) -> boo
     Raises:
         DiskError: if the disk refuses.
     """
-    text = json_text(metadata)
+    content = json_text(metadata).encode()
+    # A process that was killed has left what it was writing.
+    tidy(path.parent, {path.name, path.name + ".bak"}.__contains__)
     if path.is_file():
         before = path.read_bytes()
-        if before == text.encode():
+        if before == content:
             return False
-        write_whole(path.with_name(path.name + ".bak"), lambda temporary: _put(temporary, before))
-    write_text(path, text)
+        backup = path.with_name(path.name + ".bak")
+        write_whole(backup, lambda temporary: _put(temporary, before), "place for the metadata")
+    write_whole(path, lambda temporary: _put(temporary, content), "place for the metadata")
     return True
 
 
