@@ -1,7 +1,8 @@
 """Files appear complete or not at all: temporary name, fsync, rename.
 
 What a process that was killed leaves behind has names that no other program gives: `.NAME.PID-HOST.tmp`, unfinished,
-and for the moment between two renames `.NAME.PID-HOST.old`, whole. `tidy` puts that right.
+and for the moment between two renames `.NAME.PID-HOST.old`, whole. `tidy` puts that right. In the names of files that
+leave no room for more, a digest stands for NAME.
 """
 
 from __future__ import annotations
