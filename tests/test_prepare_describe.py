@@ -391,6 +391,10 @@ def test_images_are_opened_in_order_and_errors_are_not_swallowed(tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_blip(tmp_path_factory.mktemp("blip"))
+
+
+def write_blip(folder: Path) -> Path:
     """A BLIP of 19 words with random weights, large enough that its captions differ from image to image."""
     from transformers import (
         BertTokenizer,
@@ -400,7 +404,7 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
         BlipProcessor,
     )
 
-    folder = tmp_path_factory.mktemp("blip")
+    folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**small, "vocab_size": len(WORDS) + 1, "encoder_hidden_size": 16, "max_position_embeddings": 64}
