@@ -10,7 +10,8 @@ import pytest
 
 from sd_train.__main__ import main as sd_train
 from tests.runs import PHOTOS, tree
-from tests.test_prepare_describe import write_blip, write_wd
+from tests.test_prepare_captions import write_blip
+from tests.test_prepare_tags import write_wd
 
 NAMES = ("a b.jpg", "100% ä 好.JPG", "c" * 247 + ".jpg", "x/same.jpg", "y/same.jpg", "z.Jpeg")
 """Blanks, percent signs, Unicode, 255 bytes (with .caption), upper-case extensions, one name in two folders."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +23,12 @@ from sd_train.data.resize import Pixels
 from sd_train.device import DTYPES, out_of_memory
 from sd_train.errors import ModelError, RunError
 from sd_train.families.hub import Wanted, find_model
+from sd_train.families.pickles import read_pickled_tensors
 from sd_train.prepare.caption_models import CHAT_PROMPT, DEFAULT_CAPTIONER, PROMPTS
 
-_FILES = re.compile(r"[\w.-]+\.(?:json|txt|model|jinja)|model(?:-\d+-of-\d+)?\.safetensors")
+_SMALL = re.compile(r"[\w.-]+\.(?:json|txt|model|jinja)")
+_WEIGHTS = (re.compile(r"model(?:-\d+-of-\d+)?\.safetensors"), re.compile(r"pytorch_model(?:-\d+-of-\d+)?\.bin"))
+"""The first kind that is there counts."""
 _NUCLEUS_PENALTY = 1.1
 """BLIP's own penalty for words that are repeated, without which nucleus sampling stutters."""
 
@@ -41,9 +45,16 @@ class Wording:
     min_length: int
 
 
+def _weights(names: Iterable[str]) -> list[str]:
+    """The files of weights among `names`, in order."""
+    names = sorted(names)
+    found = ([name for name in names if kind.fullmatch(name)] for kind in _WEIGHTS)
+    return next(filter(None, found), [])
+
+
 def _choose(names: Sequence[str]) -> list[str]:
-    chosen = [name for name in names if _FILES.fullmatch(name)]
-    return chosen if "config.json" in chosen and any(name.endswith(".safetensors") for name in chosen) else []
+    small, weights = [name for name in names if _SMALL.fullmatch(name)], _weights(names)
+    return [*small, *weights] if weights and "config.json" in small else []
 
 
 def _is_whole(folder: Path) -> bool:
@@ -57,11 +68,11 @@ def find_captioner(source: str) -> Path:
         ModelError: if there is none.
     """
     give = f"a folder that transformers wrote, or a hub id such as {DEFAULT_CAPTIONER}"
-    if source.startswith(("http://", "https://")) or source.lower().endswith((".pth", ".pt", ".bin")):
+    if source.startswith(("http://", "https://")) or source.lower().endswith((".pth", ".pt")):
         raise ModelError(f"{source}: BLIP's first files (.pth) are not read; the same weights are {DEFAULT_CAPTIONER}")
-    folder = find_model(source, wanted=Wanted("captioning model in safetensors", give, _choose, _is_whole))
+    folder = find_model(source, wanted=Wanted("captioning model of transformers", give, _choose, _is_whole))
     if not folder.is_dir() or not _is_whole(folder):
-        lacks = "is a file" if folder.is_file() else "holds no config.json with .safetensors beside it"
+        lacks = "is a file" if folder.is_file() else "holds no config.json with weights beside it"
         raise ModelError(f"{source}: {lacks}; give {give}")
     return folder
 
@@ -79,13 +90,9 @@ class Captioner:
         Raises:
             ModelError: if `folder` holds nothing that makes text of an image, or takes no `prompt`.
         """
-        from transformers import AutoModelForImageTextToText
-
         self._folder, self._device, self._dtype = folder, device, DTYPES[precision]
         with _understood(folder), _silent():
-            model = AutoModelForImageTextToText.from_pretrained(
-                str(folder), dtype=self._dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-            )
+            model = _load_model(folder, self._dtype)
             self._processor, self._images, self._tokenizer = _load_processor(folder)
             self._kind: str = model.config.model_type
             self._takes = inspect.signature(model.forward).parameters
@@ -210,6 +217,45 @@ class DrawnPerImage:
         smallest = torch.finfo(torch.float32).tiny
         noise = -torch.log(-torch.log(drawn.clamp(smallest, 1 - 2**-24)))
         return scores.float() + noise.to(scores.device)
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+    ways: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    weights = _weights(path.name for path in folder.iterdir())
+    if weights[0].endswith(".safetensors"):
+        model, told = AutoModelForImageTextToText.from_pretrained(
+            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **ways
+        )
+        _check_complete(folder, model, told)
+        return model
+    # transformers would open the pickles itself.
+    tensors = {key: value for name in weights for key, value in read_pickled_tensors(folder / name).items()}
+    config = AutoConfig.from_pretrained(str(folder), **ways)
+    with torch.device("meta"):
+        kind = type(AutoModelForImageTextToText.from_config(config, trust_remote_code=False))
+    model, told = kind.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    _check_complete(folder, model, told)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return model
+
+
+def _check_complete(folder: Path, model: Any, told: Mapping[str, Any]) -> None:
+    """What the files lack transformers fills with random numbers.
+
+    Raises:
+        ModelError: if that is a tenth of the model or more; less is only warned of, as it may not be used.
+    """
+    missing = sorted(told["missing_keys"])
+    said = f"{folder}: {len(missing)} of the model's weights are missing (such as {missing[0]})" if missing else ""
+    if 10 * len(missing) >= len(model.state_dict()):
+        raise ModelError(f"{said}; download it again, or give the whole model")
+    if missing:
+        print(f"warning: {said}: look whether the captions make sense", file=sys.stderr)
 
 
 def _load_processor(folder: Path) -> tuple[Any, Any, Any]:
