@@ -29,6 +29,13 @@ COMMANDS = {
     "convert": ("sd_train.commands.convert", "convert a model between single files and diffusers folders"),
     "lora": ("sd_train.commands.lora", "check, merge, resize, extract and convert LoRA files"),
     "plan": ("sd_train.commands.plan", "say what a training will do, without loading the model"),
+    "merge_captions_to_metadata": (
+        "sd_train.prepare.merge_captions_to_metadata", "collect images' captions in a metadata file",
+    ),
+    "merge_dd_tags_to_metadata": ("sd_train.prepare.merge_dd_tags_to_metadata", "collect images' tags there"),
+    "merge_all_to_metadata": ("sd_train.prepare.merge_all_to_metadata", "collect both there in one pass"),
+    "clean_captions_and_tags": ("sd_train.prepare.clean_captions_and_tags", "tidy captions and tags by rules"),
+    "caption": ("sd_train.commands.caption", "edit captions with a preview and undo; count their tags"),
     "doctor": ("sd_train.commands.doctor", "look for everything that is wrong or unusual in a dataset"),
     "verify_resume": ("sd_train.commands.verify_resume", "prove that a stopped training goes on to the bit, here"),
     "schedule": ("sd_train.commands.schedule", "draw the learning rates of a training"),
@@ -37,7 +44,25 @@ COMMANDS = {
     "optimizers": ("sd_train.commands.optimizers", "list what --optimizer_type can name, and its arguments"),
     "schema": ("sd_train.commands.schema", "print the JSON Schema of run or dataset files"),
     "env": ("sd_train.commands.env", "say what a bug report needs to know about this machine"),
+    "make_captions": ("sd_train.prepare.make_captions", "describe images in a sentence, by BLIP and its like"),
+    "tag_images_by_wd14_tagger": ("sd_train.prepare.tag_images_by_wd14_tagger", "tag images by WD14 and its like"),
     "make_tiny_model": ("sd_train.commands.make_tiny_model", "write a tiny model with random weights"),
+    "prepare_buckets_latents": (
+        "sd_train.prepare.prepare_buckets_latents", "put images into buckets and their latents beside them",
+    ),
+    "filter_images": ("sd_train.prepare.filter_images", "find images that do harm, and leave them out or move them"),
+    "resize_images_to_resolution": (
+        "sd_train.prepare.resize_images_to_resolution", "write scaled-down copies of images",
+    ),
+    "cache_latents": ("sd_train.prepare.cache_latents", "fill the cache of a training's latents"),
+    "cache_text_encoder_outputs": (
+        "sd_train.prepare.cache_text_encoder_outputs", "fill the cache of a training's encoded captions",
+    ),
+    "convert_diffusers20_original_sd": (
+        "sd_train.prepare.convert_diffusers20_original_sd", "convert, with sd-scripts' arguments",
+    ),
+    "merge_models": ("sd_train.prepare.merge_models", "mix whole models by weighted sum"),
+    "show_metadata": ("sd_train.prepare.show_metadata", "print what a model file tells of itself"),
     "demo": ("sd_train.commands.demo", "teach a small model a new thing, and show it before and after"),
 }
 

@@ -1,7 +1,8 @@
 """Files appear complete or not at all: temporary name, fsync, rename.
 
 What a process that was killed leaves behind has names that no other program gives: `.NAME.PID-HOST.tmp`, unfinished,
-and for the moment between two renames `.NAME.PID-HOST.old`, whole. `tidy` puts that right.
+and for the moment between two renames `.NAME.PID-HOST.old`, whole. `tidy` puts that right. In the names of files that
+leave no room for more, a digest stands for NAME.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LEFT = re.compile(r"\.(.+)\.(\d+)(?:-([0-9a-f]{6}))?\.(tmp|old)")
 _HOST = hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 """Tells machines and containers that write into the same folder apart."""
+LONGEST_NAME = 255
+"""Bytes of a file's name on the usual file systems."""
+SHORTENED = re.compile("[0-9a-f]{32}")
+"""What stands in a temporary name for one that leaves no room; for `tidy`."""
 _STALE_SECONDS = 3600.0
 """Nothing is written for so long by another machine's process: it is gone."""
 
@@ -97,7 +102,7 @@ def write_whole(path: Path, write: Callable[[Path], None], option: str = "--outp
         DiskError: if the disk refuses; nothing half-written stays behind. It advises another `option`.
     """
     _make_folder(path.parent, option)
-    temporary = _beside(path, "tmp")
+    temporary = temporary_name(path)
     try:
         write(temporary)
         _share(temporary)
@@ -165,7 +170,11 @@ def _beside(path: Path, kind: str) -> Path:
 
 def temporary_name(path: Path) -> Path:
     """Where what is to become `path` may be put together: `tidy` takes it away if this process is killed."""
-    return _beside(path, "tmp")
+    temporary, name = _beside(path, "tmp"), os.fsencode(path.name)
+    if len(name) <= LONGEST_NAME < len(os.fsencode(temporary.name)):
+        # Names may be as long as the file system takes; there is no room for more in them.
+        return _beside(path.with_name(hashlib.blake2b(name, digest_size=16).hexdigest()), "tmp")
+    return temporary
 
 
 def _refused(path: Path, problem: OSError, option: str) -> DiskError:

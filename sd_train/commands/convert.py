@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     dtype = None if given.save_precision is None else getattr(torch, PRECISIONS[given.save_precision])
     print(f"read  {given.src}: {_described(parts)}")
     keep = not given.prune and not form.startswith("diffusers")
-    metadata = _metadata(parts, given.dst.stem, form)
+    metadata = _metadata(parts, given.dst.stem, form) | (given.metadata or {})
     save_model(given.dst, parts, form, dtype, metadata, leftovers=keep, option="DST")
     print(
         f"wrote {given.dst}: {form}, {_size(given.dst)}" + (f", {given.save_precision}" if given.save_precision else "")
@@ -86,8 +87,22 @@ def _parser() -> argparse.ArgumentParser:
     kinds.add_argument(
         "--no_v_parameterization", dest="v_parameterization", action="store_false", help="the model predicts the noise"
     )
+    parser.add_argument(
+        "--metadata", type=metadata_entries, metavar="JSON", help="entries to write into the file: an object of texts"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     return parser
+
+
+def metadata_entries(text: str) -> dict[str, str]:
+    """A JSON object of texts."""
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise argparse.ArgumentTypeError('must be a JSON object, e.g. {"author": "me"}')
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
 
 
 _LIKE_FILES = (".safetensor", ".sft", ".bin", ".pth", ".ckp", ".onnx", ".gguf", ".zip")

@@ -59,11 +59,16 @@ def find_npz(image: Path, size: tuple[int, int], suffix: str) -> Path | None:
 
     `suffix`: "_sd" or "_sdxl". Files of the old name do not tell which of the two they are for.
     """
-    stem = image.with_suffix("")
-    for name in (f"{stem}_{size[0]:04d}x{size[1]:04d}{suffix}.npz", f"{stem}.npz"):
-        if Path(name).is_file():
-            return Path(name)
+    for path in (npz_path(image, size, suffix), image.with_suffix(SUFFIX)):
+        # pathlib's own question fails where a name is longer than the file system takes.
+        if os.path.isfile(path):
+            return path
     return None
+
+
+def npz_path(image: Path, size: tuple[int, int], suffix: str) -> Path:
+    """Where sd-scripts keeps the latents of `image` of `size` (width, height)."""
+    return image.with_name(f"{image.stem}_{size[0]:04d}x{size[1]:04d}{suffix}{SUFFIX}")
 
 
 def has_npz(folder: Path) -> bool:

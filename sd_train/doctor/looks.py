@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -61,13 +61,21 @@ class Look:
     """[16, 16, 3]"""
     hashes: NDArray[np.bool_] | None = None
     """[2, 64]: perceptual hash of the picture and of its mirror image."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """What else was measured, by name."""
 
 
-def look_at(paths: Sequence[Path], progress: Callable[[], object]) -> dict[Path, Look]:
+Measure = Callable[[Decoded], Mapping[str, float]]
+"""Takes more figures of a picture while it is in memory."""
+
+
+def look_at(
+    paths: Sequence[Path], progress: Callable[[], object], measure: Measure | None = None
+) -> dict[Path, Look]:
     """Decode every file of `paths`; `progress` is called after each."""
 
     def one(path: Path) -> Look:
-        found = _look(path)
+        found = _look(path, measure)
         progress()
         return found
 
@@ -75,7 +83,7 @@ def look_at(paths: Sequence[Path], progress: Callable[[], object]) -> dict[Path,
         return dict(zip(paths, pool.map(one, paths), strict=True))
 
 
-def _look(path: Path) -> Look:
+def _look(path: Path, measure: Measure | None) -> Look:
     try:
         size = read_size(path)
     except DataError as problem:
@@ -90,7 +98,8 @@ def _look(path: Path) -> Look:
             )
     except DataError as problem:
         return Look(size, "truncated", _reason(problem))
-    return _describe(size, facts, decoded)
+    look = _describe(size, facts, decoded)
+    return look if measure is None else replace(look, figures=measure(decoded))
 
 
 def _reason(problem: DataError) -> str:

@@ -28,8 +28,11 @@ _WITHOUT_PICTURE = (kinds.MASK_BROKEN, kinds.METADATA_IMAGE_MISSING, kinds.LEFT_
 _SHAPE_STEPS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5)
 
 
-def make_page(title: str, diagnosis: Diagnosis) -> str:
-    """The whole page as HTML."""
+DOCTOR = "Looked at by sd-train doctor. Nothing was changed."
+
+
+def make_page(title: str, diagnosis: Diagnosis, told: str = DOCTOR) -> str:
+    """The whole page as HTML; `told` stands below its heading."""
     thumbnails = Thumbnails(diagnosis.indexes)
     sections = [
         ("findings", "Findings", _findings(diagnosis, thumbnails)),
@@ -41,7 +44,7 @@ def make_page(title: str, diagnosis: Diagnosis) -> str:
     links = (element("li", element("a", heading, href=f"#{name}")) for name, heading, _ in shown)
     body = [
         element("h1", f"Doctor: {title}"),
-        element("p", "Looked at by sd-train doctor. Nothing was changed.", class_="faint"),
+        element("p", told, class_="faint"),
         _tiles(diagnosis),
         element("nav", element("ul", *links)),
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sd_train.errors import ModelError
@@ -22,26 +23,42 @@ _SMALL = re.compile(
 )
 
 
-def find_model(source: str, allow_network: bool = True) -> Path:
+@dataclass(frozen=True)
+class Wanted:
+    """What a program needs of a repository."""
+
+    kind: str
+    """What it is, for messages."""
+    give: str
+    """What may be given in its place."""
+    choose: Callable[[Sequence[str]], list[str]]
+    """Of the files of a repository, those that are needed; none where it is no such repository."""
+    is_whole: Callable[[Path], bool]
+    """Whether a cached folder has them all: other programs download parts only."""
+
+
+def find_model(source: str, allow_network: bool = True, wanted: Wanted | None = None, anew: bool = False) -> Path:
     """Where the model `source` is: the path itself, or the cached folder of a hub id.
 
-    The network is only used for a hub id that is not in the cache, and only if `allow_network`.
+    The network is only used for a hub id that is not in the cache, and only if `allow_network`. `wanted` says what is
+    looked for, by default a diffusers model; `anew`: a hub id is downloaded even if it is in the cache.
 
     Raises:
         ModelError: if there is nothing.
     """
+    wanted = wanted or DIFFUSERS
     # Not Path.exists: that raises for names that are too long.
     if os.path.exists(source):
         return Path(source)
     if not _ID.fullmatch(source) or Path(source).suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
         raise ModelError(
-            f"{source}: there is no such file or folder (current folder: {Path.cwd()}); "
-            "give a .safetensors or .ckpt file, a diffusers folder or a hub id (owner/name)"
+            f"{source}: there is no such file or folder (current folder: {Path.cwd()}); give {wanted.give}"
         )
-    return _cached(source) or _downloaded(source, allow_network)
+    found = None if anew else _cached(source, wanted)
+    return found or _downloaded(source, allow_network, wanted, anew)
 
 
-def _cached(name: str) -> Path | None:
+def _cached(name: str, wanted: Wanted) -> Path | None:
     """The newest whole snapshot of `name` in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -50,7 +67,7 @@ def _cached(name: str) -> Path | None:
         folder = Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
         return None
-    return folder if _is_whole(folder) else None
+    return folder if wanted.is_whole(folder) else None
 
 
 def _is_whole(folder: Path) -> bool:
@@ -87,7 +104,15 @@ def wanted_files(names: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _downloaded(name: str, allow_network: bool) -> Path:
+DIFFUSERS = Wanted(
+    kind="diffusers model",
+    give="a .safetensors or .ckpt file, a diffusers folder or a hub id (owner/name)",
+    choose=wanted_files,
+    is_whole=_is_whole,
+)
+
+
+def _downloaded(name: str, allow_network: bool, wanted: Wanted, anew: bool) -> Path:
     way_out = (
         f"download it on a machine with a network (hf download {name}) and copy the folder here, or give a local file "
         "or folder"
@@ -106,9 +131,9 @@ def _downloaded(name: str, allow_network: bool) -> Path:
     )
     try:
         files = [sibling.rfilename for sibling in HfApi().model_info(name).siblings or []]
-        if not (wanted := wanted_files(files)):
-            raise ModelError(f"{name}: the hub's repository holds no diffusers model; {way_out}")
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        if not (chosen := wanted.choose(files)):
+            raise ModelError(f"{name}: the hub's repository holds no {wanted.kind}; {way_out}")
+        return Path(snapshot_download(name, allow_patterns=chosen, force_download=anew))
     except RepositoryNotFoundError:
         raise ModelError(
             f"{name}: there is no such file or folder, and no such model on the hub (or it needs a login: "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sd_train.diffusion.schedule import NoiseSchedule
 from sd_train.errors import ModelError
+from sd_train.families.autoencoder import posterior_rows
 from sd_train.families.base import digest_of
 from sd_train.families.build import TITLES, build_network, check_inputs, model_named, published_tensors
 from sd_train.families.keys import LoraTarget, live_text_name, text_lora_targets, unet_lora_targets, unet_shape_of
@@ -152,10 +153,7 @@ class LatentDiffusion(ABC):
 
     def encode_images(self, pixels: Tensor) -> dict[str, Tensor]:
         """[B, 3, height, width] in [-1, 1] -> "mean" and "logvar", [B, 4, height / 8, width / 8], float32."""
-        # Kept in float32: half precision blurs what every sample is learned from, and SDXL's overflows in float16.
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
+        return posterior_rows(self.vae, pixels)
 
     def draw_latents(self, images: Mapping[str, Tensor], noise: Tensor) -> Tensor:
         """A draw from the autoencoder's posterior, scaled (Rombach et al. 2022, appendix G)."""

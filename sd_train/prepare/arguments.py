@@ -1,0 +1,35 @@
+"""The command lines of the preparation's commands: sd-scripts' arguments, our kind of errors."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from sd_train.errors import ConfigError, Problems
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends in our kind of error; names are not shortened, as misspelt ones would pass."""
+
+    def __init__(self, command: str, about: str) -> None:
+        super().__init__(
+            f"sd-train {command}", description=about, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        self._command = command
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; sd-train {self._command} --help lists the options")
+
+
+def check_images_folder(folder: Path, problems: Problems) -> None:
+    """Note a folder of images that is not there."""
+    if not folder.is_dir():
+        rule = "is a file" if folder.exists() else "does not exist"
+        problems.add(str(folder), None, rule, "give the folder that holds the images")
+
+
+def extension_of(text: str) -> str:
+    """An extension with its dot, whether it was written with one or not."""
+    return "." + text.removeprefix(".")

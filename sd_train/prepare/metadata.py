@@ -1,0 +1,76 @@
+"""The metadata that the preparation's commands build up: a JSON file that is read, added to and written whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sd_train.config.textfile import read_text
+from sd_train.errors import DataError
+from sd_train.files import tidy, write_whole
+
+Metadata = dict[str, dict[str, Any]]
+"""{image: {"caption": text, "tags": text, "image_size": [width, height], ...}}; other keys are kept as they are."""
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What the metadata file at `path` holds.
+
+    Raises:
+        DataError: if it is no JSON object of objects.
+    """
+    try:
+        content = json.loads(read_text(path, DataError))
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{path}: is no JSON ({problem}); give a metadata file, or another name") from None
+    if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+        raise DataError(f"{path}: is no metadata, an object of objects by image; give another file")
+    return content
+
+
+def start_from(in_json: Path | None, out_json: Path) -> Metadata:
+    """What a command adds to: `in_json`, else what is in `out_json` already, else nothing.
+
+    Raises:
+        DataError: if a file is no metadata, or `in_json` does not exist.
+    """
+    if in_json is not None:
+        if not in_json.is_file():
+            raise DataError(f"--in_json = {in_json}: there is no such file; give one, or leave it out")
+        return read_metadata(in_json)
+    return read_metadata(out_json) if out_json.is_file() else {}
+
+
+def write_metadata(path: Path, metadata: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Write `metadata` whole, with what was there kept as `NAME.json.bak`; False where nothing has changed.
+
+    Raises:
+        DiskError: if the disk refuses.
+    """
+    content = json_text(metadata).encode()
+    # A process that was killed has left what it was writing.
+    tidy(path.parent, {path.name, path.name + ".bak"}.__contains__)
+    if path.is_file():
+        before = path.read_bytes()
+        if before == content:
+            return False
+        backup = path.with_name(path.name + ".bak")
+        write_whole(backup, lambda temporary: _put(temporary, before), "place for the metadata")
+    write_whole(path, lambda temporary: _put(temporary, content), "place for the metadata")
+    return True
+
+
+def json_text(content: object) -> str:
+    """`content` as JSON to be read by people; escaped where a file's name is no UTF-8, as text cannot hold it."""
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=2) + "\n"
+    return text
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
