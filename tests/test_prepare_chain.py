@@ -73,3 +73,19 @@ def test_pictures_become_a_training(
         --cache_latents --max_train_steps 2 --output_dir {folder / 'out'} --output_name tuned --seed 1""".split()
     assert sd_train(["fine_tune", *words]) == 0
     assert (folder / "out" / "tuned.safetensors").is_file()
+
+
+def test_files_of_others_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_photos(tmp_path)
+    photos, own = str(tmp_path / "photos"), tmp_path / "meta.json"
+    own.write_text("{}")
+    for option in ("--list", "--report"):
+        assert sd_train(["filter_images", photos, option, str(own)]) == 2
+        assert "is another file, which would be lost" in capsys.readouterr().err
+    more = ["--list", str(tmp_path / "list.json"), "--report", str(tmp_path / "page.html"), "--min_size", "10"]
+    for _ in range(2):
+        assert sd_train(["filter_images", photos, "--recursive", *more]) == 0
+    for extension in (".png", ".JPG", "npz", "a/b", ""):
+        assert sd_train(["make_captions", photos, "--caption_extension", extension]) == 2
+        assert "--caption_extension" in capsys.readouterr().err
+    assert own.read_text() == "{}"

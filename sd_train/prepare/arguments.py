@@ -6,7 +6,10 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from sd_train.data.folders import IMAGE_EXTENSIONS
 from sd_train.errors import ConfigError, Problems
+
+_OTHER_FILES = {".npz", ".json", ".jsonl", ".safetensors", ".toml"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,5 +34,14 @@ def check_images_folder(folder: Path, problems: Problems) -> None:
 
 
 def extension_of(text: str) -> str:
-    """An extension with its dot, whether it was written with one or not."""
-    return "." + text.removeprefix(".")
+    """An extension of text files with its dot, whether it was written with one or not.
+
+    Raises:
+        ConfigError: if it is none, or images and what lies beside them have it.
+    """
+    extension = "." + text.removeprefix(".")
+    taken = extension.lower() in IMAGE_EXTENSIONS | _OTHER_FILES
+    if taken or extension == "." or set(extension) & {"/", "\\", "\0"}:
+        rule = "is that of other files" if taken else "is no extension"
+        raise ConfigError(f"--caption_extension = {text!r}: {rule}; write one of text files, such as .txt or .caption")
+    return extension

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from sd_train.config.textfile import printable
 from sd_train.errors import DataError, DiskError, Problems
-from sd_train.files import tidy, write_text
+from sd_train.files import write_text
 
 BROKEN = 3
 """Exit code where images were left out because they cannot be read, or their text has no place."""
@@ -90,12 +90,6 @@ def tell_work(work: Work, extension: str) -> None:
     if work.existing:
         print(f"note: {work.existing} images have a {extension} already and are left as they are; --overwrite "
               "describes them anew", file=sys.stderr)  # fmt: skip
-
-
-def tidy_folders(images: Sequence[Path], extension: str) -> None:
-    """Take away what a killed command left half-written beside `images`."""
-    for folder in dict.fromkeys(image.parent for image in images):
-        tidy(folder, lambda name: name.endswith(extension))
 
 
 def write_sidecar(image: Path, target: Path, text: str, troubles: Troubles) -> bool:

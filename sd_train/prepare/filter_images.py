@@ -69,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
         _write_list(given.list, journal, {keys[image]: seen for image, seen in result.reported.items()})
     if given.out_json is not None:
         gone = match_entries([folder / key for key in journal], folder, metadata).keys.values()
-        left = {key: entry for key, entry in metadata.items() if key not in set(gone)}
+        absent = set(gone)
+        left = {key: entry for key, entry in metadata.items() if key not in absent}
         write_metadata(given.out_json, left)
         print(f"{given.out_json}: {len(left)} of {len(metadata)} entries")
     if given.move_to is not None:
@@ -156,8 +157,24 @@ def _checked(given: argparse.Namespace) -> tuple[list[str], list[str]]:
                          "again", "give a folder elsewhere")  # fmt: skip
         elif given.move_to.exists() and not given.move_to.is_dir():
             problems.add("--move_to", str(given.move_to), "is a file", "give a folder")
+    # What is not of an earlier call is somebody's own.
+    for option, ours in (("list", _LIST_START), ("report", "<!doctype html")):
+        path: Path | None = getattr(given, option)
+        if path is not None and path.exists() and not _starts_with(path, ours):
+            problems.add(f"--{option}", str(path), "is another file, which would be lost", "give another name")
     problems.raise_if_any(ConfigError)
     return chosen["checks"], chosen["report_only"]
+
+
+_LIST_START = '{\n  "leave_out"'
+"""How `--list` begins."""
+
+
+def _starts_with(path: Path, text: str) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(text)).decode("utf-8", "replace").lower() == text
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,11 +7,11 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 from sd_train.config.textfile import read_text
-from sd_train.data.folders import list_folder
+from sd_train.data.folders import Folder, list_folder
 from sd_train.errors import DataError, DiskError
 from sd_train.files import write_text, write_whole
 from sd_train.prepare.metadata import json_text
@@ -53,7 +53,10 @@ def move_images(folder: Path, keys: Sequence[str], target: Path, journal: Journa
         DataError: if something else has one of the names there; then nothing is moved.
         DiskError: if the disk refuses.
     """
-    moves = [(folder / name, target / name) for key in keys for name in (*_belonging(folder, key, keys), key)]
+    leaving, listed = {*keys}, dict[Path, Folder]()
+    moves = [
+        (folder / name, target / name) for key in keys for name in (*_belonging(folder, key, leaving, listed), key)
+    ]
     if taken := [str(after) for before, after in moves if os.path.lexists(after) and not _same(before, after)]:
         raise DataError(f"--move_to: {len(taken)} names are taken, the first is {taken[0]}; give an empty folder")
     if not moves:
@@ -89,11 +92,13 @@ def _copy(before: Path, after: Path) -> None:
     shutil.copy2(before, after)
 
 
-def _belonging(folder: Path, key: str, leaving: Sequence[str]) -> list[str]:
+def _belonging(folder: Path, key: str, leaving: Set[str], known: dict[Path, Folder]) -> list[str]:
     """Files that have the name of image `key` with another extension, or are its latents; none that an image which
-    stays needs too."""
+    stays needs too. `known`: folders that were listed before."""
     image = folder / key
-    listed = list_folder(image.parent)
+    if image.parent not in known:
+        known[image.parent] = list_folder(image.parent)
+    listed = known[image.parent]
     above = key[: len(key) - len(image.name)]
     twins = [name for name in listed.images if os.path.splitext(name)[0] == image.stem and name != image.name]
     # Of several that all leave, the last one takes the files along.

@@ -60,7 +60,8 @@ def look_for(record: ImageRecord, options: LatentsOptions) -> LatentsFile:
     path = npz_path(record.path, record.size, options.suffix)
     if too_long(path) or not path.is_file():
         return LatentsFile(record, path, "missing")
-    if options.overwrite or path.stat().st_mtime_ns < record.path.stat().st_mtime_ns:
+    older = not options.trust and path.stat().st_mtime_ns < record.path.stat().st_mtime_ns
+    if options.overwrite or older:
         return LatentsFile(record, path, "stale")
     try:
         read_npz(path, record)

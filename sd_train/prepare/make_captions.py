@@ -20,10 +20,9 @@ from sd_train.prepare.describing import (
     find_work,
     opened_ahead,
     tell_work,
-    tidy_folders,
     write_sidecar,
 )  # fmt: skip
-from sd_train.prepare.listing import find_images, metadata_key
+from sd_train.prepare.listing import find_images, metadata_key, tidy_folders
 from sd_train.randomness import derive
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     images = find_images(given.train_data_dir, given.recursive)
     work = find_work(images, extension, given.overwrite)
     tell_work(work, extension)
-    tidy_folders(images, extension)
+    tidy_folders((image.parent for image in images), extension)
     troubles = Troubles()
     if work.missing:
         _caption(given, work.missing, troubles)

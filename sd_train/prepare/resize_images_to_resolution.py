@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     end = ".png" if given.save_as_png else ".jpg"
     tidy_folders((given.dst_img_folder / image.parent.relative_to(given.src_img_folder) for image in images), end)
     written, kept, broken = 0, 0, list[str]()
+    others = _others(images) if given.copy_associated_files else {}
     for image in images:
         folder = given.dst_img_folder / image.parent.relative_to(given.src_img_folder)
         targets = {each: folder / f"{names[image]}+{each[0]}x{each[1]}{end}" for each in resolutions}
@@ -62,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
             broken.append(str(problem))
             continue
         written += len(missing)
-        if given.copy_associated_files:
-            _copy_others(image, list(targets.values()), given.overwrite)
+        for other in others.get(image.with_suffix(""), ()):
+            _copy_other(other, list(targets.values()), given.overwrite)
     print(f"{given.dst_img_folder}: {written} copies written, {kept} were there")
     for text in broken:
         print(f"error: {text}", file=sys.stderr)
@@ -110,16 +111,22 @@ def _write_copies(image: Path, targets: dict[Size, Path], given: argparse.Namesp
         write_whole(path, write, "dst_img_folder")
 
 
-def _copy_others(image: Path, targets: Sequence[Path], overwrite: bool) -> None:
-    """Copy the files that belong to `image`, such as captions, for each of its copies."""
-    for name in list_folder(image.parent).others:
-        stem, extension = os.path.splitext(name)
-        if stem != image.stem or extension == ".npz":
-            continue
-        for target in targets:
-            copy = target.with_name(target.stem + extension)
-            if overwrite or not os.path.exists(copy):
-                write_whole(copy, partial(_copy, image.with_name(name)), "dst_img_folder")
+def _others(images: Sequence[Path]) -> dict[Path, list[Path]]:
+    """The files beside images that belong to them, such as captions, by their paths without extension."""
+    found: dict[Path, list[Path]] = {}
+    for folder in dict.fromkeys(image.parent for image in images):
+        for name in list_folder(folder).others:
+            if not name.endswith(".npz"):
+                found.setdefault(folder / os.path.splitext(name)[0], []).append(folder / name)
+    return found
+
+
+def _copy_other(other: Path, targets: Sequence[Path], overwrite: bool) -> None:
+    """Copy a file that belongs to an image for each of its copies."""
+    for target in targets:
+        copy = target.with_name(target.stem + other.suffix)
+        if overwrite or not os.path.exists(copy):
+            write_whole(copy, partial(_copy, other), "dst_img_folder")
 
 
 def _copy(source: Path, target: Path) -> None:

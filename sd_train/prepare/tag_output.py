@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from sd_train.config.textfile import read_text
 from sd_train.errors import DataError
 from sd_train.files import tidy, write_text, write_whole
-from sd_train.prepare.describing import Troubles, find_work, tell_work, text_file, tidy_folders, write_sidecar
-from sd_train.prepare.listing import metadata_key
-from sd_train.prepare.metadata import Metadata, read_metadata, write_metadata
+from sd_train.prepare.describing import Troubles, find_work, tell_work, text_file, write_sidecar
+from sd_train.prepare.listing import metadata_key, tidy_folders
+from sd_train.prepare.metadata import Metadata, json_text, read_metadata, write_metadata
 
 _SAVE_SECONDS = 30.0
 
@@ -55,7 +55,7 @@ class TextFiles:
     def missing(self, again: bool) -> list[Path]:
         work = find_work(self._images, self._extension, again)
         tell_work(work, self._extension)
-        tidy_folders(self._images, self._extension)
+        tidy_folders((image.parent for image in self._images), self._extension)
         return [image for image, _ in work.missing]
 
     def existing(self, image: Path) -> str:
@@ -109,15 +109,14 @@ class TagFile:
         # In the order of their names: the same bytes, wherever an interrupted command went on.
         ordered = dict(sorted(self._metadata.items()))
         if self._lines:
-            lines = [json.dumps({"image_path": key, **entry}, ensure_ascii=False) for key, entry in ordered.items()]
-            text = "".join(line + "\n" for line in lines)
+            text = "".join(_line({"image_path": key, **entry}) for key, entry in ordered.items())
             before = self._path.read_bytes() if self._path.is_file() else None
-            if before != text.encode("utf-8", "surrogatepass"):
+            if before != text.encode():
                 if before is not None and not self._kept_before:
                     write_whole(self._path.with_name(self._path.name + ".bak"), _writer(before))
                 write_text(self._path, text)
         elif self._kept_before:
-            write_text(self._path, json.dumps(ordered, ensure_ascii=False, indent=2) + "\n")
+            write_text(self._path, json_text(ordered))
         else:
             write_metadata(self._path, ordered)
         self._changed, self._kept_before = False, True
@@ -152,3 +151,13 @@ def _read_lines(path: Path) -> Metadata:
             raise DataError(f"{path}:{number}: is no object with an image_path; give another file")
         found[entry.pop("image_path")] = entry
     return found
+
+
+def _line(entry: Mapping[str, object]) -> str:
+    """A line of JSON; escaped where a file's name is no UTF-8, as text cannot hold it."""
+    line = json.dumps(entry, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(entry) + "\n"
+    return line

@@ -107,8 +107,11 @@ class Speller:
         return Chosen(self._ordered(found), found)
 
     def append(self, existing: str, tags: Sequence[str]) -> str:
-        """`existing`, the text of a file, with those of `tags` behind it that it lacks."""
-        before = list(split_list(" ".join(existing.split("\n")), self._options.separator))
+        """`existing`, the text of a file, with those of `tags` behind each of its lines that this lacks."""
+        return "\n".join(self._with(line, tags) for line in existing.strip("\n").split("\n"))
+
+    def _with(self, line: str, tags: Sequence[str]) -> str:
+        before = list(split_list(line, self._options.separator))
         known = {_plain(tag) for tag in before}
         return self._options.separator.join([*before, *(tag for tag in tags if _plain(tag) not in known)])
 
