@@ -257,7 +257,10 @@ def _is_gone(process: int, host: str, entry: Path) -> bool:
             written = max(each.stat().st_mtime for each in (entry, *entry.rglob("*")))
             return time.time() - written > _STALE_SECONDS
         return False
-    return process == os.getpid() or not psutil.pid_exists(process)
+    try:
+        return process == os.getpid() or not psutil.pid_exists(process)
+    except OverflowError:
+        return True  # No process has so large a number.
 
 
 def size_of(path: Path) -> int:

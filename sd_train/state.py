@@ -320,10 +320,10 @@ def load_state(path: Path, parts: StateParts, accepted: Collection[str] = ()) ->
         with of_a_state(path / "optimizer.json"):
             load_optimizer_state(parts, read_table(path / "optimizer.safetensors"), plain)
     # What the seal does not name is none of the state's.
-    average = path / "ema.safetensors" if "ema.safetensors" in manifest["files"] else path / "-"
+    averaged = "ema.safetensors" in manifest["files"]
     if parts.ema is not None:
         # A state without one is of a run without it: the average begins with the weights as they stand.
-        parts.ema.load(read_table(average) if average.is_file() else parts.trainable.tensors())
+        parts.ema.load(read_table(path / "ema.safetensors") if averaged else parts.trainable.tensors())
     for name, (_, restore) in parts.extras.items():
         # A change of precision is allowed: the state of a run without scaled gradients has no scale.
         with of_a_state(path / "progress.json"):
@@ -332,4 +332,4 @@ def load_state(path: Path, parts: StateParts, accepted: Collection[str] = ()) ->
     with of_a_state(path / "config.toml"):
         config_text = (path / "config.toml").read_text(encoding="utf-8")
         tomllib.loads(config_text)
-    return ResumedFrom(path, _progress(path), config_text, average.is_file())
+    return ResumedFrom(path, _progress(path), config_text, averaged)

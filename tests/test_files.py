@@ -87,7 +87,7 @@ def test_what_killed_runs_left_is_put_right(gone: int, running: int, tmp_path: P
         (tmp_path / name / "file").write_text(content)
 
     files = [f".cat.safetensors.{gone}.tmp", f".cat-step00000010-ema.safetensors.{own}.tmp"]
-    files.append(f".cat-config.toml.{gone}.tmp")
+    files += [f".cat-config.toml.{gone}.tmp", f".cat.safetensors.{10**20}.tmp"]
     stays = [
         f".cat.safetensors.{running}.tmp", f".dog.safetensors.{gone}.tmp", ".cat.safetensors.tmp", f"cat.{gone}.tmp",
         f".cat.txt.{gone}.tmp", f".cat-notes.{gone}.old",

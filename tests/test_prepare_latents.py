@@ -184,7 +184,10 @@ def test_what_does_not_fit_is_made_anew(
     later = time.time_ns() + 10**9
     os.utime(images / "b.png", ns=(later, later))
     assert "1 files written, 1 kept" in told("--max_resolution 64,64")[0]
-    assert "2 files written" in told("--max_resolution 64,64 --overwrite")[0]
+    assert "2 files written" in told("--max_resolution 64,64 --overwrite --flip_aug --alpha_mask")[0]
+    assert "2 files written" in told("--seed 3")[0]
+    with np.load(images / "b_0128x0064_sd.npz") as file:
+        assert {"latents_flipped", "alpha_mask"} <= {*file.files}
 
 
 def test_wrong_arguments_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,6 +311,11 @@ def test_the_filter_moves_and_deletes_nothing(tmp_path: Path, capsys: pytest.Cap
     again = contents(tmp_path)
     del first["report.html"], again["report.html"]
     assert again == first
+    # Put back, and this time good enough.
+    (aside / "wide.png").rename(images / "wide.png")
+    assert filtered(tmp_path, *words, "--max_aspect", "20", "--min_size", "1") == 0
+    assert "wide.png" not in json.loads((tmp_path / "list.json").read_text())["leave_out"]
+    assert (images / "wide.png").is_file()
     # Another picture under a name that is taken there.
     Image.new("RGB", (300, 300), "blue").save(images / "flat.png")
     capsys.readouterr()

@@ -21,9 +21,11 @@ from PIL import Image
 from sd_train.__main__ import main
 from sd_train.data.index import IndexOptions, build_indexes
 from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.errors import DiskError
 from sd_train.prepare import patterns
 from sd_train.prepare.cleaning import as_toml, clean_text, load_rules
 from sd_train.prepare.cleaning_rules import ANIME
+from sd_train.prepare.metadata import read_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = "猫" * 83 + "ab"
@@ -100,6 +102,11 @@ def test_merged_metadata_is_what_training_reads(folder: Path, tmp_path: Path, fu
     assert fresh.read_bytes() == state[0]
     assert files(folder) == before
     assert sorted(path.name for path in fresh.parent.iterdir()) == ["all.json"]
+
+
+def test_what_cannot_be_backed_up_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="is there and cannot be read .* no backup"):
+        read_bytes(tmp_path)
 
 
 def test_what_is_there_is_added_to_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

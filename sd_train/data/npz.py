@@ -114,7 +114,8 @@ def stands_alone(path: Path) -> bool:
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
+def readable() -> Iterator[None]:
+    """Damage to an .npz file as a `Mismatch`."""
     try:
         yield
     # What NumPy and zipfile raise on damaged and foreign files.
@@ -129,7 +130,7 @@ def original_size(path: Path) -> tuple[int, int]:
         DataError: if the file cannot be read or does not tell.
     """
     try:
-        with _readable(), np.load(path, allow_pickle=False) as file:
+        with readable(), np.load(path, allow_pickle=False) as file:
             numbers = np.ravel(file["original_size"]).tolist() if "original_size" in file.files else []
     except Mismatch as reason:
         raise DataError(f"{path}: {reason}; bring the image back, or remove the file") from None
@@ -148,7 +149,7 @@ def misfit(record: ImageRecord) -> str | None:
     if subset.alpha_mask:
         wanted["alpha_mask"] = (height, width)
     try:
-        with _readable(), zipfile.ZipFile(path) as file:
+        with readable(), zipfile.ZipFile(path) as file:
             found = {name: _shape(file, name) for name in wanted if f"{name}.npy" in file.namelist()}
     except Mismatch as reason:
         return f"{path}: {reason}; bring the image back, or remove the file"
@@ -182,7 +183,7 @@ def read_npz(path: Path, record: ImageRecord) -> NpzRows:
     subset, (width, height) = record.subset, record.bucket
     if subset.conditioning_data_dir is not None:
         raise Mismatch("the masks of conditioning_data_dir are not in it")
-    with _readable(), np.load(path, allow_pickle=False) as file:
+    with readable(), np.load(path, allow_pickle=False) as file:
         found = {
             name: np.asarray(file[name])
             for name in ("latents", "original_size", "latents_flipped", "alpha_mask")

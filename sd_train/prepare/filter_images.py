@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
     looks = look_at(images, _progress(len(images)), lambda decoded: measure(decoded, with_text))
     result = run_checks(looks, limits, checks, report_only, captions)
     removed = {keys[image]: reasons for image, reasons in result.reasons.items()}
+    # An image that the user has put back into the folder is judged as it stands there.
+    journal = {key: reasons for key, reasons in journal.items() if not os.path.lexists(folder / key)}
     journal = dict(sorted((journal | removed).items()))
     report: Path = given.report or Path(f"{folder.absolute().name}_filter.html")
     if removed or result.reported or not report.is_file() or given.move_to is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from sd_train.data.content import ahead
 from sd_train.data.encoding import Encode, Encoder, Shown
 from sd_train.data.images import Decoded, Picture, centred_view, decode, unit_range, view_pixels
-from sd_train.data.npz import Mismatch, npz_path, read_npz
+from sd_train.data.npz import Mismatch, npz_path, read_npz, readable
 from sd_train.data.record import ImageRecord
 from sd_train.data.resize import cut_mask
 from sd_train.diffusion.draws import normal_rows
@@ -60,18 +60,31 @@ def look_for(record: ImageRecord, options: LatentsOptions) -> LatentsFile:
     path = npz_path(record.path, record.size, options.suffix)
     if too_long(path) or not path.is_file():
         return LatentsFile(record, path, "missing")
+    # What is made anew keeps the entries that other trainings may want.
+    entries, mark = _entries(path)
+    again = replace(record, subset=replace(
+        record.subset, flip_aug=record.subset.flip_aug or "latents_flipped" in entries,
+        alpha_mask=record.subset.alpha_mask or "alpha_mask" in entries,
+    ))  # fmt: skip
     older = not options.trust and path.stat().st_mtime_ns < record.path.stat().st_mtime_ns
     if options.overwrite or older:
-        return LatentsFile(record, path, "stale")
+        return LatentsFile(again, path, "stale")
     try:
         read_npz(path, record)
-        with np.load(path, allow_pickle=False) as file:
-            mark = file[MARK].tobytes() if MARK in file.files else None
-    except (Mismatch, OSError, ValueError):
-        return LatentsFile(record, path, "stale")
+    except Mismatch:
+        return LatentsFile(again, path, "stale")
     if options.trust or mark == _mark(record, options):
         return LatentsFile(record, path, "fits")
-    return LatentsFile(record, path, "foreign" if mark is None else "stale")
+    return LatentsFile(again, path, "foreign" if mark is None else "stale")
+
+
+def _entries(path: Path) -> tuple[Sequence[str], bytes | None]:
+    """The names of what is in the file at `path` and our mark; nothing of a damaged file."""
+    try:
+        with readable(), np.load(path, allow_pickle=False) as file:
+            return file.files, file[MARK].tobytes() if MARK in file.files else None
+    except Mismatch:
+        return (), None
 
 
 def _mark(record: ImageRecord, options: LatentsOptions) -> bytes:

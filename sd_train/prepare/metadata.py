@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_train.config.textfile import read_text
-from sd_train.errors import DataError
+from sd_train.errors import DataError, DiskError
 from sd_train.files import tidy, write_whole
 
 Metadata = dict[str, dict[str, Any]]
@@ -53,13 +53,26 @@ def write_metadata(path: Path, metadata: Mapping[str, Mapping[str, Any]]) -> boo
     # A process that was killed has left what it was writing.
     tidy(path.parent, {path.name, path.name + ".bak"}.__contains__)
     if path.is_file():
-        before = path.read_bytes()
+        before = read_bytes(path)
         if before == content:
             return False
         backup = path.with_name(path.name + ".bak")
         write_whole(backup, lambda temporary: _put(temporary, before), "place for the metadata")
     write_whole(path, lambda temporary: _put(temporary, content), "place for the metadata")
     return True
+
+
+def read_bytes(path: Path) -> bytes:
+    """What is in the file at `path`, which is about to be replaced.
+
+    Raises:
+        DiskError: if it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise DiskError(f"{path}: is there and cannot be read ({problem.strerror}), so no backup can be kept; check "
+                        "its permissions, or give another name") from None  # fmt: skip
 
 
 def json_text(content: object) -> str:

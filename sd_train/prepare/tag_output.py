@@ -13,7 +13,7 @@ from sd_train.errors import DataError
 from sd_train.files import tidy, write_text, write_whole
 from sd_train.prepare.describing import Troubles, find_work, tell_work, text_file, write_sidecar
 from sd_train.prepare.listing import metadata_key, tidy_folders
-from sd_train.prepare.metadata import Metadata, json_text, read_metadata, write_metadata
+from sd_train.prepare.metadata import Metadata, json_text, read_bytes, read_metadata, write_metadata
 
 _SAVE_SECONDS = 30.0
 
@@ -110,7 +110,7 @@ class TagFile:
         ordered = dict(sorted(self._metadata.items()))
         if self._lines:
             text = "".join(_line({"image_path": key, **entry}) for key, entry in ordered.items())
-            before = self._path.read_bytes() if self._path.is_file() else None
+            before = read_bytes(self._path) if self._path.is_file() else None
             if before != text.encode():
                 if before is not None and not self._kept_before:
                     write_whole(self._path.with_name(self._path.name + ".bak"), _writer(before))
