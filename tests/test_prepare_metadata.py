@@ -105,7 +105,7 @@ def test_merged_metadata_is_what_training_reads(folder: Path, tmp_path: Path, fu
 
 
 def test_what_cannot_be_backed_up_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(DiskError, match="is there and cannot be read .* no backup"):
+    with pytest.raises(DiskError, match=r"is there and cannot be read .* no backup"):
         read_bytes(tmp_path)
 
 
