@@ -33,6 +33,14 @@ def check_images_folder(folder: Path, problems: Problems) -> None:
         problems.add(str(folder), None, rule, "give the folder that holds the images")
 
 
+def check_words(option: str, words: str | None, problems: Problems) -> None:
+    """Note an option's text that no text file can hold: bytes of the command line that are not UTF-8."""
+    try:
+        (words or "").encode()
+    except UnicodeEncodeError:
+        problems.add(option, words, "is not UTF-8", "write it in a terminal that is set to UTF-8")
+
+
 def extension_of(text: str) -> str:
     """An extension of text files with its dot, whether it was written with one or not.
 

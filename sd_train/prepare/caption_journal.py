@@ -72,6 +72,10 @@ class Journal:
         standing = [entry for entry in self._entries() if entry.state != "undone"]
         return next((entry for entry in reversed(standing) if self._read(entry)["target"] == self._target), None)
 
+    def find(self, number: int) -> Entry | None:
+        """The edit with this number, as it is now."""
+        return next((entry for entry in self._entries() if entry.number == number), None)
+
     def _read(self, entry: Entry) -> dict[str, Any]:
         try:
             content = json.loads(read_text(entry.path, DataError))
@@ -103,13 +107,15 @@ class Journal:
             return str(path)
 
     def carry_out(self, entry: Entry, undo: bool) -> tuple[int, list[str]]:
-        """Make or take back an edit: how many files were changed, and those that somebody else has changed meanwhile.
+        """Make or take back an edit: how many files were changed, and what is the matter with others.
+
+        A whole one of which nothing can be taken back stands as it did.
 
         Raises:
             DataError: if the journal is damaged.
             DiskError: if the disk refuses; the edit can then be carried out again.
         """
-        changed, foreign, places = 0, list[str](), dict[Path, set[str]]()
+        changed, done, foreign, places = 0, 0, list[str](), dict[Path, set[str]]()
         for name, before, after in with_progress(self._read(entry)["files"], "writing"):
             path = self._base.resolve() / name
             old, new = (after, before) if undo else (before, after)
@@ -118,14 +124,18 @@ class Journal:
                 now = path.read_bytes()
             except OSError:
                 now = None
+            done += now == new.encode()
             if now == old.encode():
                 replace_file(path, new.encode())
                 changed += 1
             elif now != new.encode():
-                foreign.append(printable(str(path)))
+                matter = "is gone" if now is None else "was changed meanwhile"
+                foreign.append(f"{printable(str(path))}: {matter}")
         # A process that was killed has left what it was writing.
         for folder, names in places.items():
             tidy(folder, names.__contains__)
+        if entry.state == "done" and foreign and not (changed or done):
+            return 0, foreign
         ending = ".undone.json" if undo else ".json"
         os.replace(entry.path, entry.path.with_name(f"{entry.number:04}{ending}"))
         return changed, foreign

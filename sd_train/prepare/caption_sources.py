@@ -192,6 +192,13 @@ def lines_of(file: CaptionFile, content: str) -> Iterator[tuple[str, list[str]]]
             yield key, [line for line in text.splitlines() if line.strip()]
 
 
+def without_caption(file: CaptionFile) -> list[str]:
+    """The images of a metadata file that have no text there; none of another file."""
+    if file.entry is None:
+        return []
+    return [key for key, entry in read_metadata(file.path).items() if not isinstance(entry.get(file.entry), str)]
+
+
 @dataclass(frozen=True)
 class Change:
     """A caption before and after an edit."""

@@ -85,7 +85,7 @@ class TagFile:
         self._metadata: Metadata = {}
         tidy(path.parent, lambda name: name == path.name)
         if path.is_file():
-            self._metadata = _read_lines(path) if self._lines else read_metadata(path)
+            self._metadata = read_metadata(path)
         self._changed = self._kept_before = False
         self._saved = time.monotonic()
 
@@ -113,10 +113,10 @@ class TagFile:
             before = self._path.read_bytes() if self._path.is_file() else None
             if before != text.encode():
                 if before is not None and not self._kept_before:
-                    write_whole(self._path.with_name(self._path.name + ".bak"), _writer(before))
-                write_text(self._path, text)
+                    write_whole(self._path.with_name(self._path.name + ".bak"), _writer(before), "--output_path")
+                write_text(self._path, text, "--output_path")
         elif self._kept_before:
-            write_text(self._path, json_text(ordered))
+            write_text(self._path, json_text(ordered), "--output_path")
         else:
             write_metadata(self._path, ordered)
         self._changed, self._kept_before = False, True
@@ -131,26 +131,6 @@ def _writer(content: bytes) -> Any:
         path.write_bytes(content)
 
     return write
-
-
-def _read_lines(path: Path) -> Metadata:
-    """JSON Lines with an `image_path` each.
-
-    Raises:
-        DataError: if a line is none.
-    """
-    found: Metadata = {}
-    for number, line in enumerate(read_text(path, DataError).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
-            raise DataError(f"{path}:{number}: is no object with an image_path; give another file")
-        found[entry.pop("image_path")] = entry
-    return found
 
 
 def _line(entry: Mapping[str, object]) -> str:
