@@ -88,6 +88,15 @@ def test_killed_captioning_goes_on(tmp_path: Path) -> None:
     assert not list(folder.glob(".*"))
 
 
+def test_captions_are_no_longer_than_the_model_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blip, folder = write_blip(tmp_path / "blip"), noise(tmp_path / "images", 1)
+    # 64 places, five of which "a picture of" takes.
+    assert caption(folder, blip, "--max_length", "60") == 3
+    assert "write --max_length 59 or less" in capsys.readouterr().err
+    assert caption(folder, blip, "--max_length", "59", "--min_length", "59") == 0
+    assert len(texts(folder, ".caption")["0.caption"].split()) > 30
+
+
 def test_captioning_options_without_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = put(tmp_path / "a.png", "there", ".caption").parent
     assert run("make_captions", folder, "--num_beams", 4, "--max_length", 3) == 0
