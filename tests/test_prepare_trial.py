@@ -230,6 +230,27 @@ def test_texts_that_metadata_lacks_are_told(tmp_path: Path, capsys: pytest.Captu
     assert "choose another --output" in capsys.readouterr().err
 
 
+def test_options_that_mean_nothing_for_a_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(Path("images/a.png"), "b|a, c")
+    Path("m.json").write_text("{}")
+    Path("d.toml").write_text("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'images'\ncaption_extension = '.txt'\n")
+    for target, option in (
+        ("images", "--field=tags"), ("m.json", "--recursive"), ("m.json", "--caption_extension=.txt"),
+        ("d.toml", "--caption_extension=.caption"), ("d.toml", "--recursive"),
+    ):  # fmt: skip
+        assert run("caption", "edit", target, "--sort", option) == 2
+        assert f"{option.partition('=')[0]}: means nothing for" in capsys.readouterr().err
+        assert run("caption", "stats", target, option) == 2
+    # A separator that is given counts more than the dataset file's.
+    assert run("caption", "edit", "d.toml", "--sort", "--caption_separator", "|", "--apply") == 0
+    assert Path("images/a.txt").read_text() == "a, c| b"
+    assert run("caption", "edit", "images", "--remove", "-_-") == 2
+    assert "--option=VALUE" in capsys.readouterr().err
+
+
 def test_an_edit_stands_until_it_can_be_taken_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An entry that was merged into the metadata meanwhile does not cost the way back."""
     put(tmp_path / "a.png", "x, y")

@@ -23,7 +23,9 @@ class Parser(argparse.ArgumentParser):
         self._command = command
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; sd-train {self._command} --help lists the options")
+        # argparse takes what begins so for an option.
+        dash = "; a value that begins with - is written --option=VALUE" if "expected one argument" in message else ""
+        raise ConfigError(f"{message}{dash}; sd-train {self._command} --help lists the options")
 
 
 def check_images_folder(folder: Path, problems: Problems) -> None:
