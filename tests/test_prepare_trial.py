@@ -191,6 +191,22 @@ def test_names_of_both_kinds_become_one(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["images/c.png"] == {"x": 2}
 
 
+def test_names_without_extension(tmp_path: Path) -> None:
+    """As sd-scripts writes them; of photo.png and photo.png.jpg the first is the name of an image."""
+    images, meta = tmp_path / "images", tmp_path / "meta.json"
+    for name in ("a.jpg", "a.png", "b.png", "photo.png", "photo.png.jpg"):
+        put(images / name)
+    (images / "a.txt").write_text("new")
+    old = {"a": {"caption": "a"}, "b": {"x": 1, "y": 1}, "b.png": {"y": 2}, "photo.png": {"z": 3}}
+    meta.write_text(json.dumps(old))
+    assert run("merge_dd_tags_to_metadata", images, meta) == 0
+    both = {"caption": "a", "tags": "new"}
+    expected = {"a.jpg": both, "a.png": both, "b.png": {"x": 1, "y": 2}, "photo.png": {"z": 3}}
+    assert json.loads(meta.read_text()) == expected
+    photos = [images / "photo.png", images / "photo.png.jpg"]
+    assert match_entries(photos, images, {"photo.png"}).keys == {photos[0]: "photo.png"}
+
+
 def test_captions_of_other_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = {"crlf": b"a dog\r\non a bed\r\n", "mark": b"\xef\xbb\xbfa cat", "latin": b"caf\xe9", "empty": b"",
              "utf16": "a".encode("utf-16")}  # fmt: skip

@@ -30,6 +30,7 @@ def match_entries(images: Sequence[Path], folder: Path, known: Collection[str]) 
     taken too; the latter where only one image fits.
     """
     names = {image: (metadata_key(image, folder, True), metadata_key(image, folder, False)) for image in images}
+    whole = {name for pair in names.values() for name in pair}
     stems = Counter(os.path.splitext(within)[0] for _, within in names.values())
     keys = {}
     for image, (absolute, within) in names.items():
@@ -37,7 +38,7 @@ def match_entries(images: Sequence[Path], folder: Path, known: Collection[str]) 
         if str(image) in known and from_here(str(image), folder):
             wanted.append(str(image))
         if stems[os.path.splitext(within)[0]] == 1:
-            wanted += [os.path.splitext(absolute)[0], os.path.splitext(within)[0]]
+            wanted += [key for key in (os.path.splitext(absolute)[0], os.path.splitext(within)[0]) if key not in whole]
         if (key := next((each for each in wanted if each in known), None)) is not None:
             keys[image] = key
     found = set(keys.values())

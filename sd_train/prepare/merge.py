@@ -128,9 +128,12 @@ def _rename(metadata: Metadata, named: list[tuple[str, Path]], folder: Path, giv
     stems: dict[str, list[str]] = {}
     for key, _ in named:
         stems.setdefault(os.path.splitext(key)[0], []).append(key)
-    renamed = [stem for stem, keys in stems.items() if len(keys) == 1 and stem in metadata and keys[0] not in metadata]
+    # Of photo.png and photo.png.jpg the first is no name without extension.
+    renamed = sorted(stems.keys() & metadata.keys() - {key for key, _ in named})
     for stem in renamed:
-        metadata[stems[stem][0]] = metadata.pop(stem)
+        entry = metadata.pop(stem)
+        # Images of one name have one text file: what was beside it is that of all.
+        metadata.update({key: {**entry, **metadata.get(key, {})} for key in stems[stem]})
     if renamed:
         print(f"{numbered(len(renamed), 'name')} without extension, which cannot be trained from, completed: "
               + shown(renamed))  # fmt: skip
