@@ -15,6 +15,7 @@ import pytest
 
 from sd_train.prepare.caption_models import DEFAULT_CAPTIONER
 from sd_train.prepare.entries import match_entries
+from sd_train.prepare.metadata import read_metadata
 from sd_train.prepare.tag_words import CHOSEN, Category
 from tests.test_prepare_captions import caption, noise, write_blip
 from tests.test_prepare_metadata import put, run
@@ -189,6 +190,19 @@ def test_names_of_both_kinds_become_one(tmp_path: Path, monkeypatch: pytest.Monk
     assert found[name("b.png")] == {"x": 1, "tags": "tag b"}
     assert found[name("c.png")] == {"tags": "tag c"}
     assert found["images/c.png"] == {"x": 2}
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_tags_go_where_an_image_stands_already(tmp_path: Path, held: Path, ending: str) -> None:
+    """Metadata name images within the folder: they are not to be in it twice."""
+    images, meta = write_images(tmp_path / "images", "red.png", "sub/red.png", "green.png"), tmp_path / f"meta{ending}"
+    old = {"red.png": {"caption": "a"}, "sub/red.png": {"caption": "b", "tags": "mine"}}
+    lines = "".join(json.dumps({"image_path": key, **entry}) + "\n" for key, entry in old.items())
+    meta.write_text(json.dumps(old) if ending == ".json" else lines)
+    assert tag(images, held, "--recursive", "--thresh", "0.85", "--output_path", str(meta)) == 0
+    tags = {"tags": "1girl, later", "image_size": [40, 40]}
+    expected = {str(images / "green.png"): tags, "red.png": {"caption": "a", **tags}, "sub/red.png": old["sub/red.png"]}
+    assert read_metadata(meta) == expected
 
 
 def test_names_without_extension(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     troubles = Troubles()
     output: TagOutput = (
         TextFiles(images, extension_of(given.caption_extension), troubles) if given.output_path is None
-        else TagFile(given.output_path, images)
+        else TagFile(given.output_path, images, given.train_data_dir)
     )  # fmt: skip
     missing = output.missing(again=given.overwrite or given.append_tags)
     counts = Counter[str]()
@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--caption_extension", "--caption_extention", metavar="EXTENSION", default=".txt",
         help="of the text files (default .txt)")  # fmt: skip
     add("--output_path", metavar="FILE", type=Path, help="write tags and sizes into this .json or .jsonl file instead, "
-        "by the images' absolute paths; what it holds is kept")  # fmt: skip
+        "by the images' absolute paths, or as it names them already; what it holds is kept")  # fmt: skip
     add("--overwrite", action="store_true", help="tag images anew that have tags")
     add("--append_tags", action="store_true", help="keep the tags that are there, and add those that are new")
     add("--batch_size", metavar="N", type=int, default=1, help="images at once (default 1)")

@@ -12,6 +12,7 @@ from sd_train.config.textfile import read_text
 from sd_train.errors import DataError
 from sd_train.files import tidy, write_text, write_whole
 from sd_train.prepare.describing import Troubles, find_work, tell_work, text_file, write_sidecar
+from sd_train.prepare.entries import match_entries
 from sd_train.prepare.listing import metadata_key, tidy_folders
 from sd_train.prepare.metadata import Metadata, json_text, read_metadata, write_metadata
 
@@ -73,10 +74,12 @@ class TextFiles:
 
 
 class TagFile:
-    """One metadata file, `.json` or `.jsonl`: tags and size by the images' absolute paths; other entries are kept."""
+    """One metadata file, `.json` or `.jsonl`: tags and size of images, by absolute paths where they have no entry yet;
+    other entries are kept."""
 
-    def __init__(self, path: Path, images: Sequence[Path]) -> None:
-        """
+    def __init__(self, path: Path, images: Sequence[Path], folder: Path) -> None:
+        """`images` lie in `folder`.
+
         Raises:
             DataError: if `path` is there and no metadata.
         """
@@ -86,6 +89,7 @@ class TagFile:
         tidy(path.parent, lambda name: name == path.name)
         if path.is_file():
             self._metadata = read_metadata(path)
+        self._keys = match_entries(images, folder, self._metadata).keys
         self._changed = self._kept_before = False
         self._saved = time.monotonic()
 
@@ -97,7 +101,7 @@ class TagFile:
 
     def put(self, image: Path, text: str, size: tuple[int, int]) -> bool:
         entry = {**self._entry(image), "tags": text, "image_size": list(size)}
-        self._metadata[metadata_key(image, image.parent, full_path=True)] = entry
+        self._metadata[self._key(image)] = entry
         self._changed = True
         if time.monotonic() - self._saved > _SAVE_SECONDS:
             self.close()
@@ -123,7 +127,10 @@ class TagFile:
         self._saved = time.monotonic()
 
     def _entry(self, image: Path) -> dict[str, Any]:
-        return self._metadata.get(metadata_key(image, image.parent, full_path=True), {})
+        return self._metadata.get(self._key(image), {})
+
+    def _key(self, image: Path) -> str:
+        return self._keys.get(image) or metadata_key(image, image.parent, full_path=True)
 
 
 def _writer(content: bytes) -> Any:
