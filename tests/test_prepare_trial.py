@@ -312,6 +312,16 @@ def test_an_edit_stands_until_it_can_be_taken_back(tmp_path: Path, capsys: pytes
     assert (tmp_path / "a.txt").read_text() == "x, y"
 
 
+@pytest.mark.parametrize("files", ['[["a.txt", "x"]]', '[["a.txt", "x", "\\udce9"]]', '{"a.txt": ["x", "y"]}', "[3]"])
+def test_damaged_edits_are_named(tmp_path: Path, files: str, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "a.png", "y")
+    (tmp_path / ".caption_edits").mkdir()
+    (tmp_path / ".caption_edits" / "0001.json").write_text(f'{{"target": ".", "files": {files}}}')
+    assert run("caption", "edit", tmp_path, "--undo") == 3
+    assert "0001.json: is no edit of captions; move it away" in capsys.readouterr().err
+    assert (tmp_path / "a.txt").read_text() == "y"
+
+
 def test_tags_of_a_killed_command_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was saved on the way is not done again, and the file is whole."""
     folder = write_images(tmp_path / "images", *(f"red{number}.png" for number in range(6)))

@@ -81,7 +81,8 @@ class Journal:
             content = json.loads(read_text(entry.path, DataError))
         except (ValueError, RecursionError) as problem:
             raise DataError(f"{entry.path}: is damaged ({problem}); move it away, that edit cannot be undone") from None
-        if not isinstance(content, dict) or not isinstance(content.get("files"), list) or "target" not in content:
+        files = content.get("files") if isinstance(content, dict) and "target" in content else None
+        if not isinstance(files, list) or not all(map(_is_edit, files)):
             raise DataError(f"{entry.path}: is no edit of captions; move it away")
         return content
 
@@ -139,6 +140,17 @@ class Journal:
         ending = ".undone.json" if undo else ".json"
         os.replace(entry.path, entry.path.with_name(f"{entry.number:04}{ending}"))
         return changed, foreign
+
+
+def _is_edit(item: object) -> bool:
+    """Whether `item` is [file, text before, text after], texts that files can hold."""
+    if not isinstance(item, list) or len(item) != 3 or not all(isinstance(part, str) for part in item):
+        return False
+    try:
+        "".join(item[1:]).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _put(path: Path, text: str) -> None:
