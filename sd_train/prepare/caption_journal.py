@@ -78,7 +78,7 @@ class Journal:
 
     def _read(self, entry: Entry) -> dict[str, Any]:
         try:
-            content = json.loads(read_text(entry.path, DataError))
+            content: dict[str, Any] = json.loads(read_text(entry.path, DataError))
         except (ValueError, RecursionError) as problem:
             raise DataError(f"{entry.path}: is damaged ({problem}); move it away, that edit cannot be undone") from None
         files = content.get("files") if isinstance(content, dict) and "target" in content else None
