@@ -154,6 +154,10 @@ def test_folders_are_named_alike_however_they_are_written(
     assert set(json.loads((tmp_path / "clean.json").read_text())) == set(expected)
     assert run("clean_captions_and_tags", meta, tmp_path / "clean.jsonl") == 2
     assert "end its name in .json" in capsys.readouterr().err
+    for words in (["prepare_buckets_latents", images, lines, lines, "model"],
+                  ["filter_images", images, "--in_json", lines, "--out_json", lines]):  # fmt: skip
+        assert run(*words) == 2
+        assert "end its name in .json" in capsys.readouterr().err
     lines.write_text('{"image_path": "a.png"}\n{"tags": "x"}\n')
     assert run("merge_captions_to_metadata", images, meta, "--in_json", lines) == 3
     assert "tags.jsonl:2: is no object with an image_path" in capsys.readouterr().err
