@@ -23,7 +23,9 @@ class Parser(argparse.ArgumentParser):
         self._command = command
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; sd-train {self._command} --help lists the options")
+        # argparse takes what begins so for an option.
+        dash = "; a value that begins with - is written --option=VALUE" if "expected one argument" in message else ""
+        raise ConfigError(f"{message}{dash}; sd-train {self._command} --help lists the options")
 
 
 def check_images_folder(folder: Path, problems: Problems) -> None:
@@ -31,6 +33,14 @@ def check_images_folder(folder: Path, problems: Problems) -> None:
     if not folder.is_dir():
         rule = "is a file" if folder.exists() else "does not exist"
         problems.add(str(folder), None, rule, "give the folder that holds the images")
+
+
+def check_words(option: str, words: str | None, problems: Problems) -> None:
+    """Note an option's text that no text file can hold: bytes of the command line that are not UTF-8."""
+    try:
+        (words or "").encode()
+    except UnicodeEncodeError:
+        problems.add(option, words, "is not UTF-8", "write it in a terminal that is set to UTF-8")
 
 
 def extension_of(text: str) -> str:

@@ -21,6 +21,7 @@ from sd_train.prepare.caption_sources import (
     find_captions,
     lines_of,
     read_content,
+    without_caption,
 )
 from sd_train.prepare.caption_steps import Context, Step, add_steps, make_steps, run_steps, with_counts
 from sd_train.prepare.patterns import limited
@@ -59,13 +60,17 @@ def main(argv: Sequence[str]) -> int:
     edits, changes = _edits(contents, steps, contexts)
     _show(changes, given.show)
     passed.missing = found.missing
+    for file, _ in contents:
+        if keys := without_caption(file):
+            print(f"{file.path}: {numbered(len(keys), 'image')} without {file.entry}, left alone (--field chooses): "
+                  + shown(keys), file=sys.stderr)  # fmt: skip
     for line in passed.lines("without a caption file, left alone"):
         print(line, file=sys.stderr)
     if empty := [change.name for change in changes if not change.after.strip()]:
         print(f"{numbered(len(empty), 'caption')} left empty: {shown(empty)}", file=sys.stderr)
     if edits and given.apply:
         _, foreign = journal.carry_out(journal.begin(edits, argv), undo=False)
-        passed.broken += [f"{name}: was changed meanwhile, left alone" for name in foreign]
+        passed.broken += [f"{problem}, left alone" for problem in foreign]
         print(f"{numbered(len(changes), 'caption')} changed; --undo takes it back")
     elif edits:
         print(f"{numbered(len(changes), 'caption')} of {captions:,} would change; --apply does it")
@@ -144,6 +149,9 @@ def _carry_out(journal: Journal, undo: bool, target: Path) -> int:
         return 0
     changed, foreign = journal.carry_out(entry, undo)
     print(f"{numbered(changed, 'file')} {'as before the edit again' if undo else 'edited'}")
-    for name in foreign:
-        print(f"skipped: {name}: was changed meanwhile; what it was is in {entry.path.parent}", file=sys.stderr)
+    for problem in foreign:
+        print(f"skipped: {problem}", file=sys.stderr)
+    if foreign and (noted := journal.find(entry.number)) is not None:
+        stands = "" if noted.state == "undone" else ", and it stands: move that file away to give the edit up"
+        print(f"the texts before and after the edit are in {noted.path}{stands}", file=sys.stderr)
     return 3 if foreign else 0

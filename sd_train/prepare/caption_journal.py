@@ -72,12 +72,17 @@ class Journal:
         standing = [entry for entry in self._entries() if entry.state != "undone"]
         return next((entry for entry in reversed(standing) if self._read(entry)["target"] == self._target), None)
 
+    def find(self, number: int) -> Entry | None:
+        """The edit with this number, as it is now."""
+        return next((entry for entry in self._entries() if entry.number == number), None)
+
     def _read(self, entry: Entry) -> dict[str, Any]:
         try:
-            content = json.loads(read_text(entry.path, DataError))
+            content: dict[str, Any] = json.loads(read_text(entry.path, DataError))
         except (ValueError, RecursionError) as problem:
             raise DataError(f"{entry.path}: is damaged ({problem}); move it away, that edit cannot be undone") from None
-        if not isinstance(content, dict) or not isinstance(content.get("files"), list) or "target" not in content:
+        files = content.get("files") if isinstance(content, dict) and "target" in content else None
+        if not isinstance(files, list) or not all(map(_is_edit, files)):
             raise DataError(f"{entry.path}: is no edit of captions; move it away")
         return content
 
@@ -103,13 +108,15 @@ class Journal:
             return str(path)
 
     def carry_out(self, entry: Entry, undo: bool) -> tuple[int, list[str]]:
-        """Make or take back an edit: how many files were changed, and those that somebody else has changed meanwhile.
+        """Make or take back an edit: how many files were changed, and what is the matter with others.
+
+        A whole one of which nothing can be taken back stands as it did.
 
         Raises:
             DataError: if the journal is damaged.
             DiskError: if the disk refuses; the edit can then be carried out again.
         """
-        changed, foreign, places = 0, list[str](), dict[Path, set[str]]()
+        changed, done, foreign, places = 0, 0, list[str](), dict[Path, set[str]]()
         for name, before, after in with_progress(self._read(entry)["files"], "writing"):
             path = self._base.resolve() / name
             old, new = (after, before) if undo else (before, after)
@@ -118,17 +125,32 @@ class Journal:
                 now = path.read_bytes()
             except OSError:
                 now = None
+            done += now == new.encode()
             if now == old.encode():
                 replace_file(path, new.encode())
                 changed += 1
             elif now != new.encode():
-                foreign.append(printable(str(path)))
+                matter = "is gone" if now is None else "was changed meanwhile"
+                foreign.append(f"{printable(str(path))}: {matter}")
         # A process that was killed has left what it was writing.
         for folder, names in places.items():
             tidy(folder, names.__contains__)
+        if entry.state == "done" and foreign and not (changed or done):
+            return 0, foreign
         ending = ".undone.json" if undo else ".json"
         os.replace(entry.path, entry.path.with_name(f"{entry.number:04}{ending}"))
         return changed, foreign
+
+
+def _is_edit(item: object) -> bool:
+    """Whether `item` is [file, text before, text after], texts that files can hold."""
+    if not isinstance(item, list) or len(item) != 3 or not all(isinstance(part, str) for part in item):
+        return False
+    try:
+        "".join(item[1:]).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _put(path: Path, text: str) -> None:

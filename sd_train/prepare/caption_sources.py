@@ -21,6 +21,7 @@ from sd_train.prepare.sidecars import Sidecars
 
 FIELDS = ("tags", "caption")
 _ENDS = re.compile(r"(\r\n|\r|\n)")
+_COMMA = ","
 _MARK = "\ufeff"
 _LEAST_STEP = 32
 """Of `bucket_reso_steps`: that of SDXL."""
@@ -70,10 +71,10 @@ def add_target(parser: Parser) -> None:
         help=f"of a folder's text files (default: the one of {' '.join(TEXT_EXTENSIONS)} that is there)",
     )  # fmt: skip
     parser.add_argument(
-        "--field", choices=FIELDS, default="tags", help="of metadata, which text of each image (default: tags)"
+        "--field", choices=FIELDS, help="of metadata, which text of each image (default: tags)"
     )
     parser.add_argument(
-        "--caption_separator", default=",", metavar="TEXT", help="between tags (default: , or the dataset file's)"
+        "--caption_separator", metavar="TEXT", help="between tags (default: , or the dataset file's)"
     )
 
 
@@ -84,17 +85,33 @@ def find_captions(given: Namespace) -> Found:
         UserError: if there are none, or it is not clear which are meant.
     """
     target: Path = given.target
-    if not given.caption_separator.strip():
+    if given.caption_separator is not None and not given.caption_separator.strip():
         raise ConfigError("--caption_separator is blank, which is within tags too; give a sign such as ,")
     if target.is_dir():
+        _refuse_idle(given, "a folder", field=given.field)
         return _of_folder(target, given)
     if not target.is_file():
         raise ConfigError(f"{target}: is neither folder nor file; check the path (current folder: {Path.cwd()})")
+    if target.suffix.lower() not in (".toml", ".json"):
+        raise ConfigError(f"{target}: is no dataset and no metadata; give a folder, a .toml or a .json file")
     if target.suffix.lower() == ".json" and not _is_dataset(target):
-        return Found([CaptionFile(target.resolve(), Style(given.caption_separator), given.field)])
-    if target.suffix.lower() in (".toml", ".json"):
-        return _of_dataset(target, given)
-    raise ConfigError(f"{target}: is no dataset and no metadata; give a folder, a .toml or a .json file")
+        _refuse_idle(given, "metadata", recursive=given.recursive, caption_extension=given.caption_extension)
+        style = Style(given.caption_separator or _COMMA)
+        return Found([CaptionFile(target.resolve(), style, given.field or FIELDS[0])])
+    _refuse_idle(given, "a dataset file", recursive=given.recursive, caption_extension=given.caption_extension)
+    return _of_dataset(target, given)
+
+
+def _refuse_idle(given: Namespace, kind: str, **idle: object) -> None:
+    """
+    Raises:
+        ConfigError: if one of the `idle` options, which mean nothing with this `kind` of target, is given.
+    """
+    problems = Problems()
+    for name, value in idle.items():
+        if value:
+            problems.add(f"--{name}", None, f"means nothing for {kind}, such as {given.target}", "leave it out")
+    problems.raise_if_any(ConfigError)
 
 
 def _is_dataset(path: Path) -> bool:
@@ -115,7 +132,7 @@ def _of_folder(folder: Path, given: Namespace) -> Found:
             kinds = f"text files of several kinds ({', '.join(there)})" if there else "no text files beside its images"
             raise ConfigError(f"{folder}: holds {kinds}; name them with --caption_extension")
         extension = there[0]
-    found = _beside(images, extension, Style(given.caption_separator), sidecars)
+    found = _beside(images, extension, Style(given.caption_separator or _COMMA), sidecars)
     if not found.files:
         raise DataError(f"{folder}: no image has a {extension} file; give another --caption_extension")
     return found
@@ -158,14 +175,14 @@ def _of_dataset(path: Path, given: Namespace) -> Found:
 
 
 def _of_subset(subset: SubsetConfig, given: Namespace, sidecars: Sidecars, problems: Problems) -> Found:
-    style = Style(subset.caption_separator, subset.keep_tokens_separator, subset.keep_tokens)
+    style = Style(given.caption_separator or subset.caption_separator, subset.keep_tokens_separator, subset.keep_tokens)
     if subset.metadata_file is None:
         return _beside(find_images(subset.image_dir, False), subset.caption_extension, style, sidecars)
     if subset.metadata_file.suffix.lower() != ".json":
         rule = "captions are edited in text files and .json metadata alone"
         problems.add(subset.origin, str(subset.metadata_file), rule, "leave the subset out of the dataset file")
         return Found()
-    return Found([CaptionFile(subset.metadata_file.resolve(), style, given.field)])
+    return Found([CaptionFile(subset.metadata_file.resolve(), style, given.field or FIELDS[0])])
 
 
 def read_content(file: CaptionFile) -> str:
@@ -190,6 +207,13 @@ def lines_of(file: CaptionFile, content: str) -> Iterator[tuple[str, list[str]]]
     for key, entry in read_metadata(file.path).items():
         if isinstance(text := entry.get(file.entry), str):
             yield key, [line for line in text.splitlines() if line.strip()]
+
+
+def without_caption(file: CaptionFile) -> list[str]:
+    """The images of a metadata file that have no text there; none of another file."""
+    if file.entry is None:
+        return []
+    return [key for key, entry in read_metadata(file.path).items() if not isinstance(entry.get(file.entry), str)]
 
 
 @dataclass(frozen=True)

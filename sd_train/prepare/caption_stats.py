@@ -15,7 +15,7 @@ from sd_train.config.textfile import printable
 from sd_train.errors import DataError
 from sd_train.files import write_text
 from sd_train.prepare.arguments import Parser
-from sd_train.prepare.caption_sources import Found, add_target, find_captions, lines_of, read_content
+from sd_train.prepare.caption_sources import Found, add_target, find_captions, lines_of, read_content, without_caption
 from sd_train.prepare.caption_steps import split
 from sd_train.prepare.sidecars import Passed, numbered
 
@@ -37,7 +37,7 @@ class Totals:
     most: int
     """Tags in a caption."""
     repeated: int
-    """Captions with a tag that stands twice."""
+    """Captions with a line in which a tag stands twice."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,39 +63,40 @@ def main(argv: Sequence[str]) -> int:
     if given.output is None:
         print(text, end="")
     else:
-        write_text(given.output, text)
+        write_text(given.output, text, "--output")
         print(f"{given.output}: {numbered(len(rows), 'tag')}")
     return 3 if passed.broken else 0
 
 
 def _count(found: Found, passed: Passed) -> tuple[Totals, Counter[str]]:
     """Each tag once for a caption that holds it, however often."""
-    counts, lengths, repeated = Counter[str](), list[int](), 0
+    counts, lengths, repeated, without = Counter[str](), list[int](), 0, len(found.missing)
     for file in found.files:
         try:
             content = read_content(file)
         except DataError as problem:
             passed.broken.append(str(problem))
             continue
+        without += len(without_caption(file))
         for _, lines in lines_of(file, content):
-            tags = [tag for line in lines for part in split(line, file.style) for tag in part if tag]
-            lengths.append(len(tags))
-            different = set(tags)
-            repeated += len(different) < len(tags)
-            counts.update(different)
+            found_tags = [[tag for part in split(line, file.style) for tag in part if tag] for line in lines]
+            lengths.append(sum(map(len, found_tags)))
+            # Lines stand for one another: a tag may well be in each.
+            repeated += any(len(set(tags)) < len(tags) for tags in found_tags)
+            counts.update({tag for tags in found_tags for tag in tags})
     total = sum(lengths)
     mean = round(total / len(lengths), 2) if lengths else 0.0
     return Totals(
-        captions=len(lengths), empty=lengths.count(0), without=len(found.missing), tags=total, different=len(counts),
+        captions=len(lengths), empty=lengths.count(0), without=without, tags=total, different=len(counts),
         least=min(lengths, default=0), mean=mean, most=max(lengths, default=0), repeated=repeated,
     ), counts  # fmt: skip
 
 
 def _table(totals: Totals, rows: Sequence[tuple[str, int]]) -> str:
     lines = [
-        f"{numbered(totals.captions, 'caption')}, {totals.empty:,} empty, {totals.without:,} images without; "
+        f"{numbered(totals.captions, 'caption')}, {totals.empty:,} empty, {numbered(totals.without, 'image')} without; "
         f"{totals.different:,} different tags, {totals.least} to {totals.most} in a caption, {totals.mean} on average; "
-        f"{totals.repeated:,} captions name one twice"
+        f"in {numbered(totals.repeated, 'caption')} a tag stands twice"
     ]
     width = max((len(f"{count:,}") for _, count in rows), default=0)
     lines += [f"{count:{width},}  {_share(count, totals):6.1%}  {printable(tag)}" for tag, count in rows]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sd_train.errors import ConfigError, Problems
-from sd_train.prepare.arguments import Parser
+from sd_train.prepare.arguments import Parser, check_words
 from sd_train.prepare.caption_sources import Style
 from sd_train.prepare.patterns import check_replacement, compile_pattern
 
@@ -71,6 +71,7 @@ def make_steps(given: Namespace, problems: Problems) -> list[Step]:
         return []
     if given.keep_tokens is not None and given.keep_tokens < 0:
         problems.add("--keep_tokens", given.keep_tokens, "is below 0", "give 0 or more")
+    check_words("--caption_separator", given.caption_separator, problems)
     flags = re.IGNORECASE if given.ignore_case else 0
     return [step for name, words in given.steps if (step := _step(name, words, flags, problems)) is not None]
 
@@ -79,6 +80,11 @@ def _step(name: str, words: Sequence[str], flags: int, problems: Problems) -> St
     option = f"--{name}"
     if any("\n" in str(word) or "\r" in str(word) for word in words):
         problems.add(option, words, "holds a line break", "a caption is one line; give a text without")
+        return None
+    known = len(problems.found)
+    for word in words:
+        check_words(option, word, problems)
+    if len(problems.found) > known:
         return None
     if name in ("dedupe", "sort"):
         by_name = not words or words[0] != "frequency"

@@ -126,6 +126,7 @@ class Captioner:
         try:
             with _understood(self._folder), _silent(), torch.inference_mode():
                 inputs = self._inputs(images)
+                self._check_length(inputs, wording)
                 found = self._model.generate(**inputs, **self._ways(wording, seeds))
         except (RuntimeError, MemoryError) as problem:
             if out_of_memory(problem):
@@ -140,6 +141,15 @@ class Captioner:
         if given is not None and found.shape[1] >= given.shape[1] and torch.equal(found[:, : given.shape[1]], given):
             found = found[:, given.shape[1] :]
         return [self._tidied(text) for text in self._tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+    def _check_length(self, inputs: Mapping[str, Tensor], wording: Wording) -> None:
+        decoder = getattr(self._model.config, "decoder", None) or self._model.config.get_text_config(decoder=True)
+        places: int | None = getattr(decoder, "max_position_embeddings", None)
+        prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else 1
+        if places is not None and prompt + wording.max_length > places:
+            most = max(1, places - prompt)
+            raise ModelError(f"{self._folder}: has places for {most} tokens of a caption, but --max_length is "
+                             f"{wording.max_length}; write --max_length {most} or less")  # fmt: skip
 
     def _inputs(self, images: Sequence[Seen]) -> dict[str, Tensor]:
         """What the model takes of a batch."""

@@ -2,20 +2,22 @@
 
 Without --rules these are sd-scripts' rules for anime pictures: in captions every word for a person becomes "girl" or
 "girls"; in tags underscores become blanks, ratings go, and so do "shirt" beside "white shirt" and, where several people
-are seen, hair and eyes of which there are two kinds. --print_rules shows them all, as a file to change.
+are seen, hair and eyes of which there are two kinds. --print_rules shows them all, as a file to change. Old calls that
+name the folder of images first are understood.
 """
 
 from __future__ import annotations
 
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 
 from sd_train.config.textfile import printable
-from sd_train.errors import DataError
+from sd_train.errors import ConfigError, DataError, Problems
 from sd_train.prepare.arguments import Parser
 from sd_train.prepare.cleaning import Rules, as_toml, clean_text, load_rules
-from sd_train.prepare.metadata import Metadata, read_metadata, write_metadata
+from sd_train.prepare.metadata import Metadata, check_target, read_metadata, write_metadata
 from sd_train.prepare.sidecars import Passed, numbered, shown
 
 
@@ -33,6 +35,9 @@ def main(argv: Sequence[str]) -> int:
     if given.third is not None:
         print("note: the folder of images is not needed; IN.json and OUT.json are", file=sys.stderr)
         source, target = given.out_json, given.third
+    problems = Problems()
+    check_target(target, problems)
+    problems.raise_if_any(ConfigError)
     rules = load_rules(given.rules)
     if not source.is_file():
         raise DataError(f"{source}: there is no such file; give what merge_captions_to_metadata has written")
@@ -48,13 +53,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("clean_captions_and_tags", __doc__ or "")
-    parser.add_argument("in_json", type=Path, metavar="IN.json", help="metadata to read")
+    parser.add_argument("in_json", type=Path, metavar="IN.json", help="metadata to read, .json or .jsonl")
     parser.add_argument(
         "out_json", type=Path, metavar="OUT.json", help="where the result goes; what is there becomes OUT.json.bak"
     )
-    parser.add_argument(
-        "third", type=Path, nargs="?", metavar="", help="for old calls with FOLDER IN.json OUT.json: FOLDER is ignored"
-    )
+    # Of old calls with FOLDER IN.json OUT.json.
+    parser.add_argument("third", type=Path, nargs="?", help=SUPPRESS)
     parser.add_argument("--rules", type=Path, metavar="FILE.toml", help="rules of your own, before the built-in ones; "
                         'or in place of them, with base = "none"')  # fmt: skip
     parser.add_argument("--print_rules", action="store_true", help="print the built-in rules as such a file, and end")

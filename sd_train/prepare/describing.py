@@ -88,8 +88,9 @@ def tell_work(work: Work, extension: str) -> None:
         print(f"note: {printable(str(image))}: has the same text file as {printable(first.name)}, which is the one "
               "that is described", file=sys.stderr)  # fmt: skip
     if work.existing:
-        print(f"note: {work.existing} images have a {extension} already and are left as they are; --overwrite "
-              "describes them anew", file=sys.stderr)  # fmt: skip
+        have = "image has" if work.existing == 1 else "images have"
+        print(f"note: {work.existing} {have} a {extension} file already and stay as they are; --overwrite describes "
+              "anew", file=sys.stderr)  # fmt: skip
 
 
 def write_sidecar(image: Path, target: Path, text: str, troubles: Troubles) -> bool:
@@ -105,7 +106,7 @@ def write_sidecar(image: Path, target: Path, text: str, troubles: Troubles) -> b
     except OSError:
         pass  # It is not there, or will say so when it is written.
     try:
-        write_text(target, content)
+        write_text(target, content, "--caption_extension")
     except DiskError:
         if len(os.fsencode(target.name)) <= 255:
             raise

@@ -17,7 +17,7 @@ from sd_train.prepare.filter_checks import CHECKS, Filtered, FilterLimits, run_c
 from sd_train.prepare.filter_measure import measure
 from sd_train.prepare.filter_moving import JOURNAL, Journal, move_images, read_journal
 from sd_train.prepare.listing import find_images, metadata_key
-from sd_train.prepare.metadata import json_text, read_metadata, write_metadata
+from sd_train.prepare.metadata import check_target, json_text, read_metadata, write_metadata
 
 if TYPE_CHECKING:
     from sd_train.doctor.looks import Look
@@ -150,6 +150,8 @@ def _checked(given: argparse.Namespace) -> tuple[list[str], list[str]]:
     if (given.in_json is None) != (given.out_json is None):
         problems.add("--in_json, --out_json", None, "belong together: the second is the first without the images",
                      "give both")  # fmt: skip
+    if given.out_json is not None:
+        check_target(given.out_json, problems)
     if given.in_json is not None and not given.in_json.is_file():
         problems.add("--in_json", str(given.in_json), "there is no such file", "give the metadata of this folder")
     if given.move_to is not None:

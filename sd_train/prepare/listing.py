@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from sd_train.data.folders import list_folder
@@ -44,7 +45,29 @@ def metadata_key(image: Path, folder: Path, full_path: bool) -> str:
     sd-scripts writes names without extension where paths are not full, which its own training cannot read; ours are
     read by both.
     """
-    return str(image.absolute()) if full_path else image.relative_to(folder).as_posix()
+    if full_path:
+        return os.path.join(_whole_path(image.parent.absolute()), image.name)
+    return image.relative_to(folder).as_posix()
+
+
+def from_here(key: str, folder: Path) -> bool:
+    """Whether `key` of metadata is a relative path from the current folder, and none within `folder`.
+
+    sd-scripts' --full_path is the folder as its command was given it, be it absolute or not.
+    """
+    return not os.path.isabs(key) and os.path.isfile(key) and not os.path.exists(folder / key)
+
+
+@cache
+def _whole_path(folder: Path) -> str:
+    """`folder`, absolute, without `..`: the same however users write it. Links stay where they can."""
+    path = os.path.abspath(folder)
+    # Behind a link, `..` leads elsewhere than it reads.
+    return path if ".." not in folder.parts or _is_same(path, folder) else os.path.realpath(folder)
+
+
+def _is_same(one: str, other: Path) -> bool:
+    return os.path.exists(one) and os.path.samefile(one, other)
 
 
 def too_long(path: Path) -> bool:

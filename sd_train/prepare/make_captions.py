@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sd_train.config.textfile import printable
 from sd_train.errors import ConfigError, Problems
-from sd_train.prepare.arguments import Parser, check_images_folder, extension_of
+from sd_train.prepare.arguments import Parser, check_images_folder, check_words, extension_of
 from sd_train.prepare.describing import (
     Troubles,
     check_numbers,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _PRECISIONS = ("no", "fp16", "bf16")
 _MOST_TOKENS = 1000
+_LEAST_TOKENS = 5
 _MOST_BEAMS = 64
 
 
@@ -106,9 +107,16 @@ def _check(given: argparse.Namespace) -> None:
         problems.add("--top_p", given.top_p, "must be above 0, and at most 1", "write e.g. --top_p 0.9")
     if not 1 <= given.max_length <= _MOST_TOKENS:
         problems.add("--max_length", given.max_length, f"must be 1 to {_MOST_TOKENS}", "write e.g. --max_length 75")
-    if not 0 <= given.min_length <= given.max_length:
-        problems.add("--min_length", given.min_length, "must be 0 to --max_length", "write e.g. --min_length 5")
+    if given.min_length is None:
+        given.min_length = min(_LEAST_TOKENS, given.max_length)
+    elif not 0 <= given.min_length <= given.max_length:
+        rule = f"must be 0 to --max_length, which is {given.max_length}"
+        problems.add("--min_length", given.min_length, rule, "write e.g. --min_length 5")
+    check_words("--prompt", given.prompt, problems)
     problems.raise_if_any(ConfigError)
+    if given.num_beams > 1 and not given.beam_search:
+        print("note: --num_beams has no effect without --beam_search, as in sd-scripts: captions are drawn",
+              file=sys.stderr)  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,11 +153,12 @@ For instance:
     words = parser.add_argument_group("the words")
     add = words.add_argument
     add("--beam_search", action="store_true", help="the likeliest caption of --num_beams beams: nothing is drawn")
-    add("--num_beams", metavar="N", type=int, default=1, help="beams (default 1)")
+    add("--num_beams", metavar="N", type=int, default=1, help="beams of --beam_search (default 1)")
     add("--top_p", metavar="P", type=float, default=0.9, help="of nucleus sampling: words are drawn from those that "
         "make up this share (default 0.9)")  # fmt: skip
     add("--max_length", metavar="N", type=int, default=75, help="most tokens of a caption (default 75)")
-    add("--min_length", metavar="N", type=int, default=5, help="fewest tokens of a caption (default 5)")
+    add("--min_length", metavar="N", type=int, help="fewest tokens of a caption (default 5, or --max_length if that "
+        "is less)")  # fmt: skip
     add("--seed", metavar="N", type=int, default=42, help="of what is drawn (default 42)")
     add("--prompt", metavar="TEXT", help="what the caption goes on from, or the request to a model that chats; it does "
         "not become part of it (default: 'a picture of' with BLIP; '' is none)")  # fmt: skip

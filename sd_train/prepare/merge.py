@@ -12,8 +12,8 @@ from pathlib import Path
 from sd_train.config.textfile import printable
 from sd_train.errors import ConfigError, DataError, Problems
 from sd_train.prepare.arguments import Parser, check_images_folder, extension_of
-from sd_train.prepare.listing import find_images, metadata_key
-from sd_train.prepare.metadata import Metadata, start_from, write_metadata
+from sd_train.prepare.listing import find_images, from_here, metadata_key
+from sd_train.prepare.metadata import Metadata, check_target, start_from, write_metadata
 from sd_train.prepare.sidecars import Passed, Sidecars, numbered, shown, with_progress
 
 Clean = Callable[[str, str], str]
@@ -37,7 +37,8 @@ def merge_parser(command: str, about: str, extensions: Mapping[str, str]) -> Par
         "out_json", type=Path, metavar="OUT.json",
         help="metadata file to write; one that is there is added to, and kept as OUT.json.bak",
     )  # fmt: skip
-    parser.add_argument("--in_json", type=Path, metavar="FILE", help="metadata to add to (default: OUT.json, if there)")
+    parser.add_argument("--in_json", type=Path, metavar="FILE", help="metadata to add to, .json or "
+                        ".jsonl (default: OUT.json, if there)")  # fmt: skip
     for name, default in extensions.items():
         parser.add_argument(
             f"--{name}", type=extension_of, default=default, metavar="EXT", help=f"of the text files ({default})"
@@ -68,10 +69,7 @@ def merge(given: Namespace, sources: list[Source], clean: Clean | None = None) -
     folder: Path = given.train_data_dir
     problems = Problems()
     check_images_folder(folder, problems)
-    if given.out_json.is_dir():
-        problems.add("OUT.json", str(given.out_json), "is a folder", "give a file's name, such as meta.json")
-    if given.out_json.suffix.lower() == ".jsonl":
-        problems.add("OUT.json", str(given.out_json), "would be read line by line", "end its name in .json")
+    check_target(given.out_json, problems)
     problems.raise_if_any(ConfigError)
     images = find_images(folder, given.recursive)
     metadata = start_from(given.in_json, given.out_json)
@@ -120,29 +118,42 @@ def _keys(images: list[Path], folder: Path, full_path: bool) -> tuple[list[tuple
 
 
 def _rename(metadata: Metadata, named: list[tuple[str, Path]], folder: Path, given: Namespace) -> None:
-    """Give entries that sd-scripts wrote without extension their images' full names.
+    """Give entries that sd-scripts wrote without extension their images' full names, and all the same kind of path.
 
     Raises:
-        ConfigError: if images stand there as absolute paths and are to be relative, or the other way round.
+        ConfigError: if all images stand there as absolute paths and are to be relative, or the other way round.
     """
     if not metadata:
         return
     stems: dict[str, list[str]] = {}
     for key, _ in named:
         stems.setdefault(os.path.splitext(key)[0], []).append(key)
-    renamed = [stem for stem, keys in stems.items() if len(keys) == 1 and stem in metadata and keys[0] not in metadata]
+    # Of photo.png and photo.png.jpg the first is no name without extension.
+    renamed = sorted(stems.keys() & metadata.keys() - {key for key, _ in named})
     for stem in renamed:
-        metadata[stems[stem][0]] = metadata.pop(stem)
+        entry = metadata.pop(stem)
+        # Images of one name have one text file: what was beside it is that of all.
+        metadata.update({key: {**entry, **metadata.get(key, {})} for key in stems[stem]})
     if renamed:
         print(f"{numbered(len(renamed), 'name')} without extension, which cannot be trained from, completed: "
               + shown(renamed))  # fmt: skip
-    other = [key for _, image in named if (key := metadata_key(image, folder, not given.full_path)) in metadata]
-    if other:
+    pairs = ((key, metadata_key(image, folder, not given.full_path)) for key, image in named)
+    other = {old: key for key, old in pairs if old in metadata}
+    # sd-scripts' --full_path is the path as its command was given it, from the current folder.
+    as_given = {old: key for key, image in named if (old := str(image)) in metadata and from_here(old, folder)}
+    if other and not any(key in metadata for key, _ in named):
         way_out = "leave out --full_path" if given.full_path else "give --full_path"
+        without = "" if given.in_json is None else "leave out --in_json"
         raise ConfigError(
-            f"{given.in_json or given.out_json}: names {numbered(len(other), 'image')} otherwise ({shown(other)}), and "
-            f"would hold them twice; {way_out}, or give another OUT.json"
+            f"{given.in_json or given.out_json}: names {numbered(len(other), 'image')} otherwise ({shown([*other])}), "
+            f"and would hold them twice; {way_out}, or {without or 'give another OUT.json'}"
         )
+    for old, key in (other := as_given | other).items():
+        # Where an image has both names, what stands under the one that is asked for counts.
+        metadata[key] = {**metadata.pop(old), **metadata.get(key, {})}
+    if other:
+        kind = "absolute paths" if given.full_path else f"paths within {folder}"
+        print(f"{numbered(len(other), 'name')} made {kind}: {shown([*other])}")
 
 
 def _texts(image: Path, sources: list[Source], sidecars: Sidecars, passed: Passed) -> dict[str, str]:

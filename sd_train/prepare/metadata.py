@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from sd_train.config.textfile import read_text
-from sd_train.errors import DataError, DiskError
+from sd_train.errors import DataError, DiskError, Problems
 from sd_train.files import tidy, write_whole
 
 Metadata = dict[str, dict[str, Any]]
 """{image: {"caption": text, "tags": text, "image_size": [width, height], ...}}; other keys are kept as they are."""
+LINES = ".jsonl"
+"""Files with an object a line, which names its image as `image_path`."""
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What the metadata file at `path` holds.
+    """What the metadata file at `path` holds, `.json` or `.jsonl` by its name.
 
     Raises:
-        DataError: if it is no JSON object of objects.
+        DataError: if it is no JSON object of objects, or a line is none with an `image_path`.
     """
+    if path.suffix.lower() == LINES:
+        return _read_lines(path)
     try:
         content = json.loads(read_text(path, DataError))
     except (ValueError, RecursionError) as problem:
@@ -28,6 +32,29 @@ def read_metadata(path: Path) -> Metadata:
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise DataError(f"{path}: is no metadata, an object of objects by image; give another file")
     return content
+
+
+def _read_lines(path: Path) -> Metadata:
+    found: Metadata = {}
+    for number, line in enumerate(read_text(path, DataError).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
+            raise DataError(f"{path}:{number}: is no object with an image_path; give another file")
+        found[entry.pop("image_path")] = entry
+    return found
+
+
+def check_target(path: Path, problems: Problems) -> None:
+    """Note a place where no metadata of one object can be written."""
+    if path.is_dir():
+        problems.add("OUT.json", str(path), "is a folder", "give a file's name, such as meta.json")
+    if path.suffix.lower() == LINES:
+        problems.add("OUT.json", str(path), "would be read line by line", "end its name in .json")
 
 
 def start_from(in_json: Path | None, out_json: Path) -> Metadata:

@@ -19,7 +19,7 @@ from sd_train.errors import ConfigError, DataError, ModelError, Problems, RunErr
 from sd_train.prepare.arguments import Parser, check_images_folder
 from sd_train.prepare.entries import match_entries
 from sd_train.prepare.listing import find_images, metadata_key, tidy_folders, too_long
-from sd_train.prepare.metadata import read_metadata, write_metadata
+from sd_train.prepare.metadata import check_target, read_metadata, write_metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,8 +191,7 @@ def _checked(given: argparse.Namespace) -> DatasetConfig:
     if not given.in_json.is_file():
         problems.add("in_json", str(given.in_json), "there is no such file",
                      "make it with merge_captions_to_metadata or merge_dd_tags_to_metadata")  # fmt: skip
-    if given.out_json.is_dir():
-        problems.add("out_json", str(given.out_json), "is a folder", "give a file")
+    check_target(given.out_json, problems)
     resolution = _resolution(given.max_resolution, problems)
     if given.bucket_reso_steps < _CELL or given.bucket_reso_steps % _CELL:
         problems.add("--bucket_reso_steps", given.bucket_reso_steps, f"must be a multiple of {_CELL}", "write 64, or "

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from sd_train.config.textfile import printable
 from sd_train.errors import ConfigError, DataError, Problems
-from sd_train.prepare.arguments import Parser, check_images_folder, extension_of
+from sd_train.files import probe_folder
+from sd_train.prepare.arguments import Parser, check_images_folder, check_words, extension_of
 from sd_train.prepare.describing import Troubles, check_numbers, default_workers, opened_ahead
 from sd_train.prepare.listing import find_images
 from sd_train.prepare.tag_output import TagFile, TagOutput, TextFiles
@@ -49,11 +50,14 @@ def main(argv: Sequence[str]) -> int:
     troubles = Troubles()
     output: TagOutput = (
         TextFiles(images, extension_of(given.caption_extension), troubles) if given.output_path is None
-        else TagFile(given.output_path, images)
+        else TagFile(given.output_path, images, given.train_data_dir)
     )  # fmt: skip
     missing = output.missing(again=given.overwrite or given.append_tags)
     counts = Counter[str]()
     if missing:
+        if given.output_path is not None:
+            # Rather now than when all images are tagged.
+            probe_folder(given.output_path.absolute().parent, "--output_path")
         tagger = Tagger(find_tagger(given.repo_id, given.model_dir, given.force_download))
         try:
             counts = _tag(given, Speller(tagger.labels, options), tagger, missing, output, troubles)
@@ -137,6 +141,10 @@ def _read_options(given: argparse.Namespace) -> TagOptions:
     if given.output_path is not None and given.output_path.suffix.lower() not in (".json", ".jsonl"):
         way_out = "write for example --output_path tags.json"
         problems.add("--output_path", str(given.output_path), "must end in .json or .jsonl", way_out)
+    elif given.output_path is not None and given.output_path.is_dir():
+        problems.add("--output_path", str(given.output_path), "is a folder", "give a file's name, such as tags.json")
+    for option in ("caption_separator", "tag_replacement"):
+        check_words(f"--{option}", getattr(given, option), problems)
     replacement = read_replacement(given.tag_replacement, problems)
     problems.raise_if_any(ConfigError)
     return TagOptions(
@@ -162,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--caption_extension", "--caption_extention", metavar="EXTENSION", default=".txt",
         help="of the text files (default .txt)")  # fmt: skip
     add("--output_path", metavar="FILE", type=Path, help="write tags and sizes into this .json or .jsonl file instead, "
-        "by the images' absolute paths; what it holds is kept")  # fmt: skip
+        "by the images' absolute paths, or as it names them already; what it holds is kept")  # fmt: skip
     add("--overwrite", action="store_true", help="tag images anew that have tags")
     add("--append_tags", action="store_true", help="keep the tags that are there, and add those that are new")
     add("--batch_size", metavar="N", type=int, default=1, help="images at once (default 1)")
@@ -195,5 +203,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--character_tag_expand", action="store_true", help="name_(series) as two tags: name, series")
     add("--character_tags_first", action="store_true", help="characters before general tags")
     add("--always_first_tags", metavar="TAGS", help="tags that stand first, in this order, where they were found")
-    add("--frequency_tags", action="store_true", help="print how many images have each tag")
+    add("--frequency_tags", action="store_true", help="print how many of the images that were tagged have each tag "
+        "(caption stats counts all)")  # fmt: skip
     return parser

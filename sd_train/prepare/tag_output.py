@@ -12,6 +12,7 @@ from sd_train.config.textfile import read_text
 from sd_train.errors import DataError
 from sd_train.files import tidy, write_text, write_whole
 from sd_train.prepare.describing import Troubles, find_work, tell_work, text_file, write_sidecar
+from sd_train.prepare.entries import match_entries
 from sd_train.prepare.listing import metadata_key, tidy_folders
 from sd_train.prepare.metadata import Metadata, json_text, read_bytes, read_metadata, write_metadata
 
@@ -73,10 +74,12 @@ class TextFiles:
 
 
 class TagFile:
-    """One metadata file, `.json` or `.jsonl`: tags and size by the images' absolute paths; other entries are kept."""
+    """One metadata file, `.json` or `.jsonl`: tags and size of images, by absolute paths where they have no entry yet;
+    other entries are kept."""
 
-    def __init__(self, path: Path, images: Sequence[Path]) -> None:
-        """
+    def __init__(self, path: Path, images: Sequence[Path], folder: Path) -> None:
+        """`images` lie in `folder`.
+
         Raises:
             DataError: if `path` is there and no metadata.
         """
@@ -85,7 +88,8 @@ class TagFile:
         self._metadata: Metadata = {}
         tidy(path.parent, lambda name: name == path.name)
         if path.is_file():
-            self._metadata = _read_lines(path) if self._lines else read_metadata(path)
+            self._metadata = read_metadata(path)
+        self._keys = match_entries(images, folder, self._metadata).keys
         self._changed = self._kept_before = False
         self._saved = time.monotonic()
 
@@ -97,7 +101,7 @@ class TagFile:
 
     def put(self, image: Path, text: str, size: tuple[int, int]) -> bool:
         entry = {**self._entry(image), "tags": text, "image_size": list(size)}
-        self._metadata[metadata_key(image, image.parent, full_path=True)] = entry
+        self._metadata[self._key(image)] = entry
         self._changed = True
         if time.monotonic() - self._saved > _SAVE_SECONDS:
             self.close()
@@ -113,17 +117,20 @@ class TagFile:
             before = read_bytes(self._path) if self._path.is_file() else None
             if before != text.encode():
                 if before is not None and not self._kept_before:
-                    write_whole(self._path.with_name(self._path.name + ".bak"), _writer(before))
-                write_text(self._path, text)
+                    write_whole(self._path.with_name(self._path.name + ".bak"), _writer(before), "--output_path")
+                write_text(self._path, text, "--output_path")
         elif self._kept_before:
-            write_text(self._path, json_text(ordered))
+            write_text(self._path, json_text(ordered), "--output_path")
         else:
             write_metadata(self._path, ordered)
         self._changed, self._kept_before = False, True
         self._saved = time.monotonic()
 
     def _entry(self, image: Path) -> dict[str, Any]:
-        return self._metadata.get(metadata_key(image, image.parent, full_path=True), {})
+        return self._metadata.get(self._key(image), {})
+
+    def _key(self, image: Path) -> str:
+        return self._keys.get(image) or metadata_key(image, image.parent, full_path=True)
 
 
 def _writer(content: bytes) -> Any:
@@ -131,26 +138,6 @@ def _writer(content: bytes) -> Any:
         path.write_bytes(content)
 
     return write
-
-
-def _read_lines(path: Path) -> Metadata:
-    """JSON Lines with an `image_path` each.
-
-    Raises:
-        DataError: if a line is none.
-    """
-    found: Metadata = {}
-    for number, line in enumerate(read_text(path, DataError).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not isinstance(entry, dict) or not isinstance(entry.get("image_path"), str):
-            raise DataError(f"{path}:{number}: is no object with an image_path; give another file")
-        found[entry.pop("image_path")] = entry
-    return found
 
 
 def _line(entry: Mapping[str, object]) -> str:

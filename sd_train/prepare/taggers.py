@@ -218,7 +218,8 @@ class Tagger:
         try:
             found = np.asarray(self._session.run(None, {self._input.name: batch})[0])
         except Exception as problem:  # onnxruntime's own classes have no base but this
-            raise ModelError(f"{self._files.model}: fails ({_first_line(problem)}); give another tagger") from None
+            raise ModelError(f"{self._files.model}: fails ({_first_line(problem)}); give "
+                             "another tagger, or a smaller --batch_size if the memory is full") from None  # fmt: skip
         outputs = found.astype(np.float32).reshape(len(batch), -1)[: len(squares)]
         if outputs.shape[1] != len(self.labels):
             raise ModelError(
