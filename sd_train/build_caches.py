@@ -35,7 +35,7 @@ def fill_caches(prepared: Prepared, family: Family) -> None:
 def _fill_latents(prepared: Prepared, family: Family) -> None:
     device, config, updates = prepared.device, prepared.config, prepared.updates
     chosen, indexes = config.dataset, prepared.plan.indexes
-    cache: MemoryCache | DiskCache = MemoryCache()
+    cache: MemoryCache | DiskCache = MemoryCache(family.latents_suffix)
     if chosen.cache_latents_to_disk:
         store = RowStore((chosen.cache_dir or default_cache_dir()) / "latents")
         cache = DiskCache(store, family.encoder_digest("images"), family.latents_suffix)
@@ -61,9 +61,9 @@ def _fill_latents(prepared: Prepared, family: Family) -> None:
     if isinstance(cache, DiskCache):
         # What the other ranks have encoded is needed here too.
         cache.ready()
-        if device.is_main:
-            for note in cache.notes:
-                say_line(note)
+    if device.is_main:
+        for note in cache.notes:
+            say_line(note)
     updates.cache = cache
     if not chosen.cache_latents_sample:
         assert family.latent is not None

@@ -116,10 +116,12 @@ def test_metadata_gain_the_buckets_and_keep_the_rest(prepared: Path) -> None:
     assert "left out.webp" not in metadata
 
 
+@pytest.mark.parametrize("cache", ["--cache_latents", "--cache_latents_to_disk"])
 def test_fine_tune_takes_the_latents(
-    prepared: Path, tiny_model: Path, tmp_path: Path, counted: dict[str, int], capsys: pytest.CaptureFixture[str]
+    cache: str, prepared: Path, tiny_model: Path, tmp_path: Path, counted: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = f"--alpha_mask --masked_loss --skip_broken_images --cache_latents_to_disk --seed 1 {TRAINED}"
+    words = f"--alpha_mask --masked_loss --skip_broken_images {cache} --seed 1 {TRAINED}"
     assert main([
         "fine_tune", "--pretrained_model_name_or_path", str(tiny_model), "--train_data_dir", str(prepared / "images"),
         "--in_json", str(prepared / "out.json"), "--output_dir", str(tmp_path / "out"), "--cache_dir",
