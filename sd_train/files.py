@@ -117,13 +117,13 @@ def write_whole(path: Path, write: Callable[[Path], None], option: str = "--outp
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with plain newlines, whole or not at all."""
+def write_text(path: Path, text: str, option: str = "--output_dir") -> None:
+    """Write UTF-8 text with plain newlines, whole or not at all; see `write_whole`."""
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(text.encode())
 
-    write_whole(path, write)
+    write_whole(path, write, option)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None], option: str = "--output_dir") -> None:

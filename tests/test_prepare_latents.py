@@ -16,13 +16,14 @@ import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sd_train.__main__ import main
 from sd_train.families.parts import ModelRequest, read_model
 from sd_train.families.sources import read_all
-from tests.models import load, write_file
-from tests.runs import PHOTOS, SOURCES
+from sd_train.prepare.resize_images_to_resolution import scaled
+from tests.models import load, write_file, write_small_file
+from tests.runs import PHOTOS, SOURCES, environment
 
 LONG = "x" * 251 + ".png"
 """No room for its latents' name."""
@@ -189,6 +190,111 @@ def test_what_does_not_fit_is_made_anew(
     assert "2 files written" in told("--max_resolution 64,64 --overwrite")[0]
 
 
+KILLS_ITSELF = """
+import os, signal, sys
+from sd_train.__main__ import main
+
+name, left = sys.argv[1], int(sys.argv[2])
+real = getattr(os, name)
+
+def counting(*places):
+    global left
+    if str(places[1]).endswith((".npz", ".png", ".jpg", ".caption")):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(*places)
+
+setattr(os, name, counting)
+main(sys.argv[3:])
+"""
+"""Runs a command that is killed when it is about to call a function of `os` for a file, after some such calls."""
+
+
+def killed(name: str, calls: int, *words: object) -> None:
+    arguments = [sys.executable, "-c", KILLS_ITSELF, name, str(calls), *map(str, words)]
+    done = subprocess.run(arguments, env=environment(), capture_output=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_latents_whose_command_was_killed(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("killed", "whole"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        for number in range(4):
+            photo = Image.open(PHOTOS / "coffee.jpg").resize((96, 64)).rotate(number)
+            photo.save(tmp_path / name / "images" / f"{number}.png")
+        entries = {f"{number}.png": {"caption": str(number)} for number in range(4)}
+        (tmp_path / name / "in.json").write_text(json.dumps(entries))
+    place = tmp_path / "killed"
+    words = [place / "images", place / "in.json", place / "out.json", tiny_model, *BUCKETS.split()]
+    killed("replace", 2, "prepare_buckets_latents", *words)
+    first = files(place)
+    assert sum(name.endswith(".npz") for name in first) == 2
+    assert sum(name.endswith(".tmp") for name in first) == 1
+    assert not (place / "out.json").exists()
+    assert prepare(place, tiny_model) == 0
+    assert prepare(tmp_path / "whole", tiny_model) == 0
+    assert contents(place) == contents(tmp_path / "whole")
+    # What was there is not made again.
+    after = files(place)
+    assert all(after[name] == first[name] for name in first if name.endswith(".npz"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_moving_that_was_killed(tmp_path: Path) -> None:
+    for name in ("killed", "whole"):
+        flawed_images(tmp_path / name)
+    place = tmp_path / "killed"
+    options = ["--report", place / "report.html", "--move_to", place / "aside"]
+    killed("rename", 4, "filter_images", place / "images", *options)
+    moved = {path.name for path in (place / "aside").iterdir()} - {"filter_images.json"}
+    assert len(moved) == 4
+    assert set(json.loads((place / "aside" / "filter_images.json").read_text())) > {"flat.png", "blur.png"}
+    for folder in (place, tmp_path / "whole"):
+        assert main(["filter_images", str(folder / "images"), "--report", str(folder / "report.html"), "--move_to",
+                     str(folder / "aside")]) == 0  # fmt: skip
+    found, wanted = contents(place), contents(tmp_path / "whole")
+    del found["report.html"], wanted["report.html"]
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--max_resolution 1024,1024 --max_bucket_reso 512", "longer than --max_bucket_reso (512)"),
+        ("--max_resolution 200,100", "shorter than --min_bucket_reso (256); give --min_bucket_reso 64"),
+        ("--bucket_reso_steps 8", "--bucket_reso_steps"),
+        ("--max_resolution 96,96 --min_bucket_reso 32 --bucket_reso_steps 32", "multiples of 64"),
+    ],
+)
+def test_buckets_that_no_training_takes(
+    options: str, told: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    Image.open(PHOTOS / "chelsea.jpg").resize((64, 64)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "in.json").write_text('{"a.png": {}}')
+    words = [tmp_path / "images", tmp_path / "in.json", tmp_path / "out.json", tiny_model, *options.split()]
+    assert main(["prepare_buckets_latents", *map(str, words)]) == 2
+    assert told in capsys.readouterr().err
+    assert not list((tmp_path / "images").glob("*.npz"))
+
+
+def test_places_are_tried_before_images_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"no image")
+    (tmp_path / "in.json").write_text('{"a.png": {}}')
+    nowhere = str(tmp_path / "in.json" / "file.json")
+    assert main(["prepare_buckets_latents", str(images), str(tmp_path / "in.json"), nowhere, "no model"]) == 4
+    assert "choose another OUT_JSON" in capsys.readouterr().err
+    for option in ("--report", "--list", "--move_to"):
+        more = [] if option == "--report" else ["--report", str(tmp_path / "report.html")]
+        assert main(["filter_images", str(images), option, nowhere, *more]) == 4
+        assert f"choose another {option}" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_wrong_arguments_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "prepare_buckets_latents nowhere none.json out.json model --max_resolution 5,x --bucket_reso_steps 7"
     assert main([*words.split(), "--batch_size", "0"]) == 2
@@ -277,6 +383,7 @@ def test_the_filter_finds_what_does_harm(tmp_path: Path) -> None:
         "wide.png": ["small", "aspect"],
     }  # fmt: skip
     assert list(listed["reported"]) == ["mark.png"]
+    assert "Of 14 images 9 are to be left out" in (tmp_path / "report.html").read_text()
     left = json.loads((tmp_path / "out.json").read_text())
     assert sorted(left) == ["astronaut.jpg", "chelsea.jpg", "coffee.jpg", "coffee_small.caption", "mark.png",
                             "rocket.jpg"]  # fmt: skip
@@ -287,6 +394,19 @@ def test_the_filter_finds_what_does_harm(tmp_path: Path) -> None:
     first = files(tmp_path)
     assert filtered(tmp_path) == 0
     assert contents(tmp_path) == {name: content for name, (content, _) in first.items()}
+
+
+def test_equal_names_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.open(PHOTOS / "coffee.jpg").resize((64, 64)).save(tmp_path / "images" / name / "one.png")
+        (tmp_path / "images" / name / "broken.png").write_bytes(b"no image")
+    (tmp_path / "in.json").write_text("{}")
+    assert filtered(tmp_path, "--recursive", "--checks", "broken,copy") == 0
+    assert json.loads((tmp_path / "list.json").read_text())["leave_out"]["b/one.png"] == ["copy: copy of a/one.png"]
+    page = (tmp_path / "report.html").read_text()
+    for words in ("a/one.png", "b/one.png", "copy of a/one.png", "a/broken.png", "b/broken.png", "Filter: images"):
+        assert words in page
 
 
 def test_the_filter_moves_and_deletes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,8 +442,6 @@ def test_models_are_mixed(tiny_model: Path, tmp_path: Path, capsys: pytest.Captu
     folder, other, target = tmp_path / "folder", tmp_path / "other.safetensors", tmp_path / "mixed.safetensors"
     assert main(["convert_diffusers20_original_sd", str(tiny_model), str(folder), "--v1", "--float"]) == 0
     tensors = load_file(tiny_model)
-    from safetensors.torch import save_file
-
     with safe_open(tiny_model, "pt") as file:
         told = file.metadata()
     changed = {name: tensor * 3 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -350,6 +468,29 @@ def test_models_are_mixed(tiny_model: Path, tmp_path: Path, capsys: pytest.Captu
     assert torch.equal(load_file(target)[name], (tensors[name].float() * 2).half())
 
 
+def test_models_that_predict_different_things_are_not_mixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise, velocity = write_small_file(tmp_path, "sd2"), write_small_file(tmp_path, "sd2-v")
+    words = ["merge_models", "--output", str(tmp_path / "mixed.safetensors"), "--models", str(noise)]
+    assert main([*words, str(velocity)]) == 3
+    assert "predicts the noise, others v" in capsys.readouterr().err
+    # What v models differ in may be added to one of the other kind.
+    assert main([*words, str(velocity), str(velocity), "--ratios", "1", "0.5", "-0.5"]) == 0
+    assert read_model(ModelRequest(str(tmp_path / "mixed.safetensors"))).prediction == "epsilon"
+    words[2] = str(tmp_path / "mixed.bin")
+    assert main([*words, str(noise)]) == 2
+    assert "ends like a file" in capsys.readouterr().err
+
+
+def test_metadata_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "bare.safetensors")
+    assert main(["show_metadata", "--model", str(tmp_path / "bare.safetensors")]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {}
+    assert "has no metadata" in said.err
+
+
 def test_conversion_takes_the_other_programs_arguments(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -360,10 +501,22 @@ def test_conversion_takes_the_other_programs_arguments(
     assert "--reference_model has no effect" in capsys.readouterr().err
     with safe_open(target, "pt") as file:
         assert file.metadata()["author"] == "me"
-        assert file.metadata()["sd_train.epoch"] == "3"
+        assert file.metadata()["ss_epoch"] == "3"
         assert file.get_tensor("model.diffusion_model.out.2.weight").dtype == torch.bfloat16
     assert main([*words, "fp16"]) == 2
     assert main([*words, "fp16", "--float", "--overwrite"]) == 2
+    assert main([*words, "fp16", "--overwrite", "--global_step", "-1"]) == 2
+    pickled = tmp_path / "model.ckpt"
+    assert main([*words[:2], str(pickled), "--epoch", "3", "--global_step", "70"]) == 0
+    content = torch.load(pickled, weights_only=True)
+    assert (content["epoch"], content["global_step"]) == (3, 70)
+
+
+def test_copies_have_the_whole_area() -> None:
+    for side in range(512, 2000):
+        assert scaled((side, side), (512, 512), 64) == ((512, 512), (512, 512))
+    assert scaled((300, 200), (512, 512), 1) == ((300, 200), (300, 200))
+    assert scaled((400, 200), (100, 100), 8) == ((141, 70), (136, 64))
 
 
 def test_copies_are_scaled_the_right_way_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,6 +525,10 @@ def test_copies_are_scaled_the_right_way_round(tmp_path: Path, capsys: pytest.Ca
     for name in ("wide.png", "wide.webp", "sub/wide.png"):
         Image.open(PHOTOS / "rocket.jpg").resize((400, 200)).save(source / name)
     (source / "sub" / "wide.txt").write_text("a rocket")
+    # Room for its copies' names, and not for those of its captions.
+    caption = "z" * 240 + ".caption"
+    (source / caption).write_text("nothing")
+    Image.new("RGB", (30, 20)).save(source / ("z" * 240 + ".png"))
     Image.new("RGB", (30, 20)).save(source / "tiny.png")
     (source / "broken.png").write_bytes(b"\x89PNG")
     for name in (LONG, "low.png"):
@@ -382,6 +539,7 @@ def test_copies_are_scaled_the_right_way_round(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().err
     assert "broken.png" in said
     assert f"{LONG}: its name leaves no room" in said
+    assert "zz.png: its name leaves no room" in said
     assert "low.png: a side of" in said
     sizes = {str(path.relative_to(target)): Image.open(path).size for path in target.rglob("*.jpg")}
     assert sizes == {

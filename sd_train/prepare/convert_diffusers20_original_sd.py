@@ -23,7 +23,8 @@ _NEEDLESS = {
     "use_safetensors": "folders are always written so",
 }
 """What is accepted without effect, and why."""
-_COUNTERS = {"epoch": "sd_train.epoch", "global_step": "sd_train.global_step"}
+_COUNTERS = {"epoch": "ss_epoch", "global_step": "ss_steps"}
+"""How they are called in metadata; a .ckpt file has entries of their own too."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
     for name, reason in _NEEDLESS.items():
         if getattr(given, name):
             print(f"note: --{name} has no effect: {reason}", file=sys.stderr)
+    for name in _COUNTERS:
+        if getattr(given, name) < 0:
+            raise ConfigError(f"--{name} = {getattr(given, name)}: must be 0 or more; leave it out")
     words = [given.model_to_load, given.model_to_save]
     precision = given.save_precision_as if given.save_precision_as != "no" else given.precision
     if given.precision is not None and precision != given.precision:
@@ -65,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     precisions = parser.add_mutually_exclusive_group()
     for name in ("fp16", "bf16", "float"):
         precisions.add_argument(f"--{name}", action="store_const", const=name, dest="precision", help=f"write {name}")
-    add("--save_precision_as", choices=("no", "fp16", "bf16", "float"), default="no", help="the same (default no: each "
-        "tensor keeps its own)")  # fmt: skip
-    add("--epoch", type=int, default=0, help="number to note in the file (default: none)")
-    add("--global_step", type=int, default=0, help="the same")
+    add("--save_precision_as", choices=("no", "fp16", "bf16", "float"), default="no", help="another "
+        "way to say so (default no: each tensor keeps its own)")  # fmt: skip
+    add("--epoch", type=int, default=0, metavar="N", help="epochs of training to note in the file (default: none)")
+    add("--global_step", type=int, default=0, metavar="N", help="steps of training to note in the file (default: none)")
     add("--metadata", type=convert.metadata_entries, metavar="JSON", help="entries to write into the file")
     add("--overwrite", action="store_true", help="replace what is there, as sd-scripts always does")
     for name in ("unet_use_linear_projection", "use_safetensors"):

@@ -61,7 +61,7 @@ def move_images(folder: Path, keys: Sequence[str], target: Path, journal: Journa
         raise DataError(f"--move_to: {len(taken)} names are taken, the first is {taken[0]}; give an empty folder")
     if not moves:
         return 0
-    write_text(target / JOURNAL, json_text(journal))
+    write_text(target / JOURNAL, json_text(journal), "--move_to")
     for before, after in moves:
         try:
             after.parent.mkdir(parents=True, exist_ok=True)
