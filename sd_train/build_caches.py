@@ -27,12 +27,17 @@ def fill_caches(prepared: Prepared, family: Family) -> None:
         UserError: if an image cannot be read, or the disk refuses.
     """
     if caches_latents(prepared.config):
-        _fill_latents(prepared, family)
+        fill_latents(prepared, family)
     if caches_texts(prepared.config):
-        _fill_texts(prepared, family)
+        fill_texts(prepared, family)
 
 
-def _fill_latents(prepared: Prepared, family: Family) -> None:
+def fill_latents(prepared: Prepared, family: Family) -> None:
+    """Encode the images.
+
+    Raises:
+        UserError: as `fill_caches`.
+    """
     device, config, updates = prepared.device, prepared.config, prepared.updates
     chosen, indexes = config.dataset, prepared.plan.indexes
     cache: MemoryCache | DiskCache = MemoryCache(family.latents_suffix)
@@ -75,7 +80,12 @@ def _fill_latents(prepared: Prepared, family: Family) -> None:
         updates.draw_fixed = draw_fixed
 
 
-def _fill_texts(prepared: Prepared, family: Family) -> None:
+def fill_texts(prepared: Prepared, family: Family) -> None:
+    """Encode the captions.
+
+    Raises:
+        UserError: as `fill_caches`.
+    """
     device, config, updates = prepared.device, prepared.config, prepared.updates
     chosen = config.dataset
     captions = all_captions(

@@ -581,7 +581,8 @@ def test_caches_are_filled_for_a_training(
     shutil.copytree(PHOTOS, dataset / "1_photo")
     words += ["--train_data_dir", str(dataset), "--resolution", "64", "--caption_extension", ".txt", "--seed", "1"]
     assert main(["cache_latents", *words, "--vae_batch_size", "4"]) == 0
-    assert main(["cache_text_encoder_outputs", *words]) == 0
+    # Latents in memory would be lost with the process.
+    assert main(["cache_text_encoder_outputs", *words, "--cache_latents"]) == 0
     assert counted["images"] == 6
     encoded = dict(counted)
     assert encoded["texts"] >= 6
@@ -595,3 +596,7 @@ def test_caches_are_filled_for_a_training(
     assert counted == encoded
     assert main(["cache_latents", *words, "--flux"]) == 2
     assert "--flux" in capsys.readouterr().err
+    assert main(["cache_latents", *words, "--sdxl"]) == 3
+    assert "--sdxl says otherwise" in capsys.readouterr().err
+    words[1] = str(write_file(tmp_path, "sdxl"))
+    assert main(["cache_text_encoder_outputs", *words, "--sdxl"]) == 0
