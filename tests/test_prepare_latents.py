@@ -396,6 +396,20 @@ def test_the_filter_finds_what_does_harm(tmp_path: Path) -> None:
     assert contents(tmp_path) == {name: content for name, (content, _) in first.items()}
 
 
+def test_moving_to_another_disk_that_was_killed(tmp_path: Path) -> None:
+    aside = tmp_path / "aside"
+    flawed_images(tmp_path)
+    # What a copy leaves whose process has gone, and the image that was copied and is still there.
+    aside.mkdir()
+    (aside / f".flat.png.{os.getpid()}.tmp").write_bytes(b"half")
+    shutil.copy(tmp_path / "images" / "flat.png", aside)
+    (tmp_path / f".report.html.{os.getpid()}.tmp").write_bytes(b"half")
+    assert filtered(tmp_path, "--move_to", str(aside)) == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert (aside / "flat.png").is_file()
+    assert not (tmp_path / "images" / "flat.png").exists()
+
+
 def test_equal_names_in_two_folders_are_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)

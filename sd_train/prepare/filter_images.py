@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_train.errors import ConfigError, DataError, Problems
-from sd_train.files import probe_folder, write_text
+from sd_train.files import probe_folder, tidy, write_text
 from sd_train.prepare.arguments import Parser, check_images_folder
 from sd_train.prepare.entries import match_entries
 from sd_train.prepare.filter_checks import CHECKS, Filtered, FilterLimits, run_checks
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _probe(given: argparse.Namespace, report: Path) -> None:
-    """Find out whether there is room for what will be written, before all images are looked at.
+    """Find out whether files can be written where they will be, before all images are looked at.
 
     Raises:
         RunError: if not.
@@ -94,6 +94,8 @@ def _probe(given: argparse.Namespace, report: Path) -> None:
     for option, file in (("--report", report), ("--list", given.list), ("--out_json", given.out_json)):
         if file is not None:
             probe_folder(file.absolute().parent, option)
+            # A call that was killed has left what it was writing.
+            tidy(file.absolute().parent, {file.name}.__contains__)
     if given.move_to is not None:
         probe_folder(given.move_to.absolute(), "--move_to")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from sd_train.config.textfile import read_text
 from sd_train.data.folders import Folder, list_folder
 from sd_train.errors import DataError, DiskError
-from sd_train.files import write_text, write_whole
+from sd_train.files import SHORTENED, tidy, write_text, write_whole
 from sd_train.prepare.metadata import json_text
 
 JOURNAL = "filter_images.json"
@@ -61,6 +61,10 @@ def move_images(folder: Path, keys: Sequence[str], target: Path, journal: Journa
         raise DataError(f"--move_to: {len(taken)} names are taken, the first is {taken[0]}; give an empty folder")
     if not moves:
         return 0
+    # Copies to another disk that were killed.
+    names = {JOURNAL, *(after.name for _, after in moves)}
+    for place in {target, *(after.parent for _, after in moves)}:
+        tidy(place, lambda name: name in names or SHORTENED.fullmatch(name) is not None)
     write_text(target / JOURNAL, json_text(journal), "--move_to")
     for before, after in moves:
         try:
