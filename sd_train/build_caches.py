@@ -40,10 +40,12 @@ def fill_latents(prepared: Prepared, family: Family) -> None:
     """
     device, config, updates = prepared.device, prepared.config, prepared.updates
     chosen, indexes = config.dataset, prepared.plan.indexes
-    cache: MemoryCache | DiskCache = MemoryCache(family.latents_suffix)
+    # What sd-scripts' files hold is one draw.
+    suffix = None if chosen.cache_latents_sample else family.latents_suffix
+    cache: MemoryCache | DiskCache = MemoryCache(suffix)
     if chosen.cache_latents_to_disk:
         store = RowStore((chosen.cache_dir or default_cache_dir()) / "latents")
-        cache = DiskCache(store, family.encoder_digest("images"), family.latents_suffix)
+        cache = DiskCache(store, family.encoder_digest("images"), suffix)
 
     def encode(pixels: Tensor) -> dict[str, Tensor]:
         with device.autocast():

@@ -117,9 +117,12 @@ def test_metadata_gain_the_buckets_and_keep_the_rest(prepared: Path) -> None:
     assert "left out.webp" not in metadata
 
 
-@pytest.mark.parametrize("cache", ["--cache_latents", "--cache_latents_to_disk"])
+@pytest.mark.parametrize(
+    ("cache", "encoded"),
+    [("--cache_latents", 2), ("--cache_latents_to_disk", 2), ("--cache_latents --cache_latents_sample", 14)],
+)
 def test_fine_tune_takes_the_latents(
-    cache: str, prepared: Path, tiny_model: Path, tmp_path: Path, counted: dict[str, int],
+    cache: str, encoded: int, prepared: Path, tiny_model: Path, tmp_path: Path, counted: dict[str, int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = f"--alpha_mask --masked_loss --skip_broken_images {cache} --seed 1 {TRAINED}"
@@ -129,8 +132,9 @@ def test_fine_tune_takes_the_latents(
         str(tmp_path / "cache"), *words.split(),
     ]) == 0  # fmt: skip
     # All but the one whose latents have no room for a name, and its mirror image.
-    assert counted["images"] == 2
-    assert "latents of 6 images are taken from .npz files" in "".join(capsys.readouterr())
+    assert counted["images"] == encoded
+    told = "latents of 6 images are taken from .npz files" in "".join(capsys.readouterr())
+    assert told == (encoded == 2)
 
 
 def test_same_bytes_elsewhere_and_nothing_new_the_second_time(
