@@ -414,6 +414,26 @@ def test_moving_to_another_disk_that_was_killed(tmp_path: Path) -> None:
     assert not (tmp_path / "images" / "flat.png").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need privileges there")
+def test_links_are_moved_with_what_they_name(tmp_path: Path) -> None:
+    images, store = tmp_path / "images", tmp_path / "store"
+    for folder in (images, store):
+        folder.mkdir()
+    for name in ("flat.png", "there.png"):
+        Image.new("RGB", (300, 300), "red").save(store / name)
+        (images / name).symlink_to(Path("..") / "store" / name)
+    aside = tmp_path / "far" / "away"
+    aside.mkdir(parents=True)
+    # The link of a call that was killed.
+    (aside / "there.png").symlink_to(store / "there.png")
+    (tmp_path / "in.json").write_text("{}")
+    assert filtered(tmp_path, "--checks", "uniform", "--move_to", str(aside)) == 0
+    assert not list(images.iterdir())
+    for name in ("flat.png", "there.png"):
+        assert (aside / name).is_symlink()
+        assert (aside / name).read_bytes() == (store / name).read_bytes()
+
+
 def test_equal_names_in_two_folders_are_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)

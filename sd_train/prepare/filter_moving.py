@@ -78,10 +78,18 @@ def move_images(folder: Path, keys: Sequence[str], target: Path, journal: Journa
 
 def _same(before: Path, after: Path) -> bool:
     """Whether it is there already: a copy to another disk was interrupted before its end."""
+    if before.is_symlink():
+        return after.is_symlink() and os.path.realpath(before) == os.path.realpath(after)
     return after.is_file() and not after.is_symlink() and filecmp.cmp(before, after, shallow=False)
 
 
 def _move(before: Path, after: Path) -> None:
+    if before.is_symlink():
+        # What a relative link names is found from its own folder alone.
+        if not after.is_symlink():
+            os.symlink(os.path.join(before.parent.absolute(), os.readlink(before)), after)
+        os.unlink(before)
+        return
     try:
         os.rename(before, after)
     except OSError as problem:
