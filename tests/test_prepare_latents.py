@@ -516,6 +516,19 @@ def test_models_that_predict_different_things_are_not_mixed(
     # What v models differ in may be added to one of the other kind.
     assert main([*words, str(velocity), str(velocity), "--ratios", "1", "0.5", "-0.5"]) == 0
     assert read_model(ModelRequest(str(tmp_path / "mixed.safetensors"))).prediction == "epsilon"
+    # One that does not tell is what the other says, and a folder has to say something.
+    bare, folder = tmp_path / "bare.safetensors", tmp_path / "folder"
+    save_file({name: tensor for name, tensor in load_file(velocity).items() if name != "v_pred"}, bare)
+    words = ["merge_models", "--output", str(folder), "--models", str(bare)]
+    assert main([*words, str(bare)]) == 3
+    assert "nothing tells" in capsys.readouterr().err
+    assert main([*words, str(velocity)]) == 0
+    assert read_model(ModelRequest(str(folder))).prediction == "v_prediction"
+    convert = ["convert_diffusers20_original_sd", str(bare), str(tmp_path / "converted"), "--v2"]
+    assert main(convert) == 3
+    assert "--v_parameterization" in capsys.readouterr().err
+    assert main([*convert, "--v_parameterization"]) == 0
+    assert read_model(ModelRequest(str(tmp_path / "converted"))).prediction == "v_prediction"
     words[2] = str(tmp_path / "mixed.bin")
     assert main([*words, str(noise)]) == 2
     assert "ends like a file" in capsys.readouterr().err

@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         )
     words += ["--save_precision", precision] if precision is not None else []
     words += ["--v2"] if given.v2 else []
+    if given.v_parameterization is not None:
+        words += ["--v_parameterization" if given.v_parameterization else "--no_v_parameterization"]
     entries = {_COUNTERS[name]: str(value) for name in _COUNTERS if (value := getattr(given, name))}
     entries |= given.metadata or {}
     words += ["--metadata", json.dumps(entries)] if entries else []
@@ -66,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--v1", action="store_true", help="the model is a Stable Diffusion 1.x one; it is recognised")
     kinds.add_argument("--v2", action="store_true", help="the model is a Stable Diffusion 2.x one (only checked)")
+    predicts = parser.add_mutually_exclusive_group()
+    predicts.add_argument("--v_parameterization", action="store_true", default=None, help="the model predicts v (2.x "
+        "for 768 pixels), where the file does not tell")  # fmt: skip
+    predicts.add_argument("--no_v_parameterization", dest="v_parameterization", action="store_false", help="it "
+        "predicts the noise (2.x for 512 pixels)")  # fmt: skip
     precisions = parser.add_mutually_exclusive_group()
     for name in ("fp16", "bf16", "float"):
         precisions.add_argument(f"--{name}", action="store_const", const=name, dest="precision", help=f"write {name}")

@@ -82,13 +82,9 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(list(argv))
     ratios, form = _checked(given)
     # Of several seconds, which wrong arguments need not wait for.
-    from sd_train.families.parts import ModelRequest, read_model
     from sd_train.families.saving import save_model
 
-    models = [read_model(ModelRequest(source, guess=True, option="--models")) for source in given.models]
-    if len(families := {model.family for model in models}) > 1:
-        raise ModelError(f"--models: are of different families ({', '.join(sorted(families))}); mix those of one")
-    _check_predictions(models, ratios)
+    models = _read(given, ratios, form)
     device = _device(given.device)
     mixed, skipped = dict[str, Part](), list[str]()
     for role, part in models[0].parts.items():
@@ -115,22 +111,44 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _check_predictions(models: Sequence[ModelParts], ratios: Sequence[float]) -> None:
-    """A network predicts the noise or v, nothing between; what is added and taken away again does not count.
+def _read(given: argparse.Namespace, ratios: Sequence[float], form: SaveForm) -> list[ModelParts]:
+    """The models; the first is told what they predict where it does not tell itself.
 
     Raises:
-        ModelError: if another prediction than the first model's takes part.
+        ModelError: if one cannot be read, or they are not of one kind.
     """
-    shares = {model.prediction: 0.0 for model in models if model.told}
+    from sd_train.families.parts import ModelRequest, read_model
+
+    models = [read_model(ModelRequest(source, guess=True, option="--models")) for source in given.models]
+    if len(families := {model.family for model in models}) > 1:
+        raise ModelError(f"--models: are of different families ({', '.join(sorted(families))}); mix those of one")
+    first, *others = _predictions(models, ratios) or [""]
+    if others:
+        raise ModelError(
+            f"--models: the first predicts {_PREDICTS[first]}, others {_PREDICTS[others[0]]}, and a mixture of them "
+            "neither; mix models of one kind"
+        )
+    if first and not models[0].told:
+        models[0] = read_model(
+            ModelRequest(given.models[0], v_parameterization=first == "v_prediction", option="--models")
+        )
+    if not models[0].told and form.startswith("diffusers"):
+        raise ModelError(
+            f"--models = {given.models[0]}: nothing tells whether it predicts the noise or v, and a folder has to say it; "
+            "write a .safetensors file, or convert it before with sd-train convert --v_parameterization (768 pixels) "
+            "or --no_v_parameterization (512)"
+        )
+    return models
+
+
+def _predictions(models: Sequence[ModelParts], ratios: Sequence[float]) -> list[str]:
+    """What those models predict that tell it, each kind once; what is added and taken away again is left out."""
+    shares: dict[str, float] = {}
     for model, ratio in zip(models, ratios, strict=True):
         if model.told:
-            shares[model.prediction] += ratio
-    for prediction, share in shares.items():
-        if models[0].told and prediction != models[0].prediction and abs(share) > 1e-3:
-            raise ModelError(
-                f"--models: the first predicts {_PREDICTS[models[0].prediction]}, others {_PREDICTS[prediction]}, and "
-                "a mixture of them neither; mix models of one kind"
-            )
+            shares[model.prediction] = shares.get(model.prediction, 0.0) + ratio
+    first = models[0].prediction if models[0].told else None
+    return [kind for kind, share in shares.items() if abs(share) > 1e-3 or kind == first]
 
 
 def _kept(models: Sequence[ModelParts]) -> dict[str, str]:
