@@ -165,6 +165,17 @@ def test_what_does_not_fit_is_made_anew(
     images.mkdir()
     for name in ("a.png", "a.jpg", "b.png"):
         Image.open(PHOTOS / "chelsea.jpg").resize((128, 64)).save(images / name)
+    (images / "sub").mkdir()
+    shutil.copy(images / "a.jpg", images / "sub")
+    (tmp_path / "in.json").write_text('{"a.png": {}, "a.jpg": {}, "b": {}, "gone.png": {}, "sub/a.jpg": {}}')
+    words = [images, tmp_path / "in.json", tmp_path / "out.json", tiny_model, "--max_resolution", "64"]
+    assert main(["prepare_buckets_latents", *map(str, words), "--min_bucket_reso", "64"]) == 0
+    said = capsys.readouterr().err
+    assert "1 entries are about images in sub-folders" in said
+    assert "--recursive" in said
+    assert "1 entries are about images that are not in the folder" in said
+    for path in (*images.glob("*.npz"), *images.glob("sub/*")):
+        path.unlink()
     (tmp_path / "in.json").write_text('{"a.png": {}, "a.jpg": {}, "b": {}, "gone.png": {}}')
 
     def told(more: str = "") -> tuple[str, str]:

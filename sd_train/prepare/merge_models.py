@@ -134,7 +134,7 @@ def _read(given: argparse.Namespace, ratios: Sequence[float], form: SaveForm) ->
         )
     if not models[0].told and form.startswith("diffusers"):
         raise ModelError(
-            f"--models = {given.models[0]}: nothing tells whether it predicts the noise or v, and a folder has to say it; "
+            f"--models = {given.models[0]}: nothing tells whether it predicts the noise or v, as folders have to; "
             "write a .safetensors file, or convert it before with sd-train convert --v_parameterization (768 pixels) "
             "or --no_v_parameterization (512)"
         )

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     images = find_images(given.train_data_dir, given.recursive)
     matched = match_entries(images, given.train_data_dir, metadata)
     _tell("images have no entry in IN_JSON and are left out", [str(image) for image in matched.without_entry])
-    _tell("entries are about images that are not in the folder and are kept as they are", matched.without_image)
+    _tell_left(matched.without_image, given.train_data_dir)
     if not matched.keys:
         raise DataError(
             f"{given.in_json}: names none of the {len(images)} images in {given.train_data_dir}; give the metadata of "
@@ -84,6 +84,15 @@ def main(argv: Sequence[str]) -> int:
     for problem in broken.values():
         print(f"error: {problem}", file=sys.stderr)
     return 3 if broken else 0
+
+
+def _tell_left(keys: Sequence[str], folder: Path) -> None:
+    """Tell of entries that are left out, and of those among them whose images a training would find."""
+    there = {key for key in keys if os.path.isfile(folder / key)}
+    _tell("entries are about images in sub-folders, or hidden ones, and are kept as they are; --recursive takes those "
+          "in sub-folders", sorted(there))  # fmt: skip
+    _tell("entries are about images that are not in the folder and are kept as they are",
+          [key for key in keys if key not in there])  # fmt: skip
 
 
 def _count(records: Sequence[ImageRecord]) -> None:
