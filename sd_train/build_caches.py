@@ -27,18 +27,25 @@ def fill_caches(prepared: Prepared, family: Family) -> None:
         UserError: if an image cannot be read, or the disk refuses.
     """
     if caches_latents(prepared.config):
-        _fill_latents(prepared, family)
+        fill_latents(prepared, family)
     if caches_texts(prepared.config):
-        _fill_texts(prepared, family)
+        fill_texts(prepared, family)
 
 
-def _fill_latents(prepared: Prepared, family: Family) -> None:
+def fill_latents(prepared: Prepared, family: Family) -> None:
+    """Encode the images.
+
+    Raises:
+        UserError: as `fill_caches`.
+    """
     device, config, updates = prepared.device, prepared.config, prepared.updates
     chosen, indexes = config.dataset, prepared.plan.indexes
-    cache: MemoryCache | DiskCache = MemoryCache()
+    # What sd-scripts' files hold is one draw.
+    suffix = None if chosen.cache_latents_sample else family.latents_suffix
+    cache: MemoryCache | DiskCache = MemoryCache(suffix)
     if chosen.cache_latents_to_disk:
         store = RowStore((chosen.cache_dir or default_cache_dir()) / "latents")
-        cache = DiskCache(store, family.encoder_digest("images"), family.latents_suffix)
+        cache = DiskCache(store, family.encoder_digest("images"), suffix)
 
     def encode(pixels: Tensor) -> dict[str, Tensor]:
         with device.autocast():
@@ -61,9 +68,9 @@ def _fill_latents(prepared: Prepared, family: Family) -> None:
     if isinstance(cache, DiskCache):
         # What the other ranks have encoded is needed here too.
         cache.ready()
-        if device.is_main:
-            for note in cache.notes:
-                say_line(note)
+    if device.is_main:
+        for note in cache.notes:
+            say_line(note)
     updates.cache = cache
     if not chosen.cache_latents_sample:
         assert family.latent is not None
@@ -75,7 +82,12 @@ def _fill_latents(prepared: Prepared, family: Family) -> None:
         updates.draw_fixed = draw_fixed
 
 
-def _fill_texts(prepared: Prepared, family: Family) -> None:
+def fill_texts(prepared: Prepared, family: Family) -> None:
+    """Encode the captions.
+
+    Raises:
+        UserError: as `fill_caches`.
+    """
     device, config, updates = prepared.device, prepared.config, prepared.updates
     chosen = config.dataset
     captions = all_captions(

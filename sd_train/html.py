@@ -46,7 +46,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; mar
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem 1rem;
   margin: .75rem 0; }
 .faint { color: var(--faint); font-size: .875rem; }
-.tiles { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(4.6rem, 1fr)); margin: 1rem 0; }
+.tiles { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(5.9rem, 1fr)); margin: 1rem 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .6rem .7rem;
   color: inherit; text-decoration: none; }
 a.tile:hover { border-color: var(--note); }

@@ -421,12 +421,13 @@ def golden(folder: Path, name: str, suffix: str = "", **subset: Any) -> ImageInd
     return index
 
 
+@pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("suffix", ["", ".old"])
-def test_latents_of_sd_scripts_take_the_place_of_encoding(tmp_path: Path, suffix: str) -> None:
+def test_latents_of_sd_scripts_take_the_place_of_encoding(tmp_path: Path, suffix: str, memory: bool) -> None:
     index = golden(tmp_path / "a", "sd15_new_0300x0200_sd", flip_aug=True)
     if suffix:
         next((tmp_path / "a").glob("*.npz")).rename(tmp_path / "a" / "img.npz")
-    cache, encode = disk(tmp_path / "cache", suffix="_sd"), Encode()
+    cache, encode = MemoryCache("_sd") if memory else disk(tmp_path / "cache", suffix="_sd"), Encode()
     cache.fill([index], encode, options())
     assert encode.pictures == 0
     assert "latents of 1 images are taken from .npz files" in cache.notes[0]
@@ -479,14 +480,15 @@ def test_latents_that_do_not_match_are_left_alone_and_told(tmp_path: Path, reaso
         np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     if reason.startswith("older"):
         os.utime(path, ns=(0, int(index.stats[0, 1]) - 1))
-    cache, encode = disk(tmp_path / "cache", suffix="_sd"), Encode()
-    cache.fill([index], encode, options())
-    assert encode.pictures == 2
-    assert torch.equal(cache.rows(0, [0], [False])["mean"], expected(index, 0, False)["mean"])
-    [note] = cache.notes
-    assert note.startswith("1 of 1 .npz files of latents do not match and are not used")
-    assert reason in note
-    assert str(path) in note
+    for cache in (MemoryCache("_sd"), disk(tmp_path / "cache", suffix="_sd")):
+        encode = Encode()
+        cache.fill([index], encode, options())
+        assert encode.pictures == 2
+        assert torch.equal(cache.rows(0, [0], [False])["mean"], expected(index, 0, False)["mean"])
+        [note] = cache.notes
+        assert note.startswith("1 of 1 .npz files of latents do not match and are not used")
+        assert reason in note
+        assert str(path) in note
 
 
 def test_latents_names(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sd_train.doctor import kinds
 from sd_train.doctor.copies import near_copies
 from sd_train.doctor.diagnose import Diagnosis, diagnose
 from sd_train.doctor.looks import look_at
-from sd_train.doctor.page import make_page
+from sd_train.doctor.page import About, make_page
 from sd_train.doctor.pictures import frame
 from sd_train.errors import ConfigError
 from sd_train.html import bars, element, escape, figure, page, picture, table
@@ -221,7 +221,7 @@ class Reader(HTMLParser):
 
 
 def test_the_page_is_one_whole_file(planted: Path) -> None:
-    text = make_page("planted.toml", examine(planted))
+    text = make_page(About("Doctor: planted.toml"), examine(planted))
     reader = Reader(text)
     assert len(reader.sources) > 60
     for source in reader.sources:
@@ -245,7 +245,7 @@ def test_text_never_becomes_markup(world: World, tmp_path: Path) -> None:
     evil = "<script>alert(1)</script> & \"quotes\" 'too' \x07"
     world.add("images", "<img src=x onerror=alert(1)>&.png", evil)
     world.add("images", "b.png", evil + ", \u7f8e\u4e3d \U0001f438")
-    text = make_page("<b>title</b>", examine(write_config(tmp_path)))
+    text = make_page(About("<b>title</b>"), examine(write_config(tmp_path)))
     reader = Reader(text)
     assert {"script", "b"} & set(reader.tags) == {"b"}
     assert all(source.startswith("data:image/jpeg") for source in reader.sources)
@@ -335,7 +335,7 @@ def test_folders_of_the_command_line(world: World, tmp_path: Path, capsys: pytes
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium: put one on the PATH or name it in CHROME")
 def test_the_page_in_a_browser(planted: Path, tmp_path: Path) -> None:
     path = tmp_path / "a page #1.html"
-    path.write_text(make_page("planted.toml", examine(planted)), encoding="utf-8")
+    path.write_text(make_page(About("Doctor: planted.toml"), examine(planted)), encoding="utf-8")
     program = find_chromium()
     assert program is not None
     with chromium(program, tmp_path / "profile") as browser:

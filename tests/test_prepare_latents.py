@@ -16,13 +16,14 @@ import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sd_train.__main__ import main
 from sd_train.families.parts import ModelRequest, read_model
 from sd_train.families.sources import read_all
-from tests.models import load, write_file
-from tests.runs import PHOTOS, SOURCES
+from sd_train.prepare.resize_images_to_resolution import scaled
+from tests.models import load, write_file, write_small_file
+from tests.runs import PHOTOS, SOURCES, environment
 
 LONG = "x" * 251 + ".png"
 """No room for its latents' name."""
@@ -116,18 +117,24 @@ def test_metadata_gain_the_buckets_and_keep_the_rest(prepared: Path) -> None:
     assert "left out.webp" not in metadata
 
 
+@pytest.mark.parametrize(
+    ("cache", "encoded"),
+    [("--cache_latents", 2), ("--cache_latents_to_disk", 2), ("--cache_latents --cache_latents_sample", 14)],
+)
 def test_fine_tune_takes_the_latents(
-    prepared: Path, tiny_model: Path, tmp_path: Path, counted: dict[str, int], capsys: pytest.CaptureFixture[str]
+    cache: str, encoded: int, prepared: Path, tiny_model: Path, tmp_path: Path, counted: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = f"--alpha_mask --masked_loss --skip_broken_images --cache_latents_to_disk --seed 1 {TRAINED}"
+    words = f"--alpha_mask --masked_loss --skip_broken_images {cache} --seed 1 {TRAINED}"
     assert main([
         "fine_tune", "--pretrained_model_name_or_path", str(tiny_model), "--train_data_dir", str(prepared / "images"),
         "--in_json", str(prepared / "out.json"), "--output_dir", str(tmp_path / "out"), "--cache_dir",
         str(tmp_path / "cache"), *words.split(),
     ]) == 0  # fmt: skip
     # All but the one whose latents have no room for a name, and its mirror image.
-    assert counted["images"] == 2
-    assert "latents of 6 images are taken from .npz files" in "".join(capsys.readouterr())
+    assert counted["images"] == encoded
+    told = "latents of 6 images are taken from .npz files" in "".join(capsys.readouterr())
+    assert told == (encoded == 2)
 
 
 def test_same_bytes_elsewhere_and_nothing_new_the_second_time(
@@ -158,6 +165,17 @@ def test_what_does_not_fit_is_made_anew(
     images.mkdir()
     for name in ("a.png", "a.jpg", "b.png"):
         Image.open(PHOTOS / "chelsea.jpg").resize((128, 64)).save(images / name)
+    (images / "sub").mkdir()
+    shutil.copy(images / "a.jpg", images / "sub")
+    (tmp_path / "in.json").write_text('{"a.png": {}, "a.jpg": {}, "b": {}, "gone.png": {}, "sub/a.jpg": {}}')
+    words = [images, tmp_path / "in.json", tmp_path / "out.json", tiny_model, "--max_resolution", "64"]
+    assert main(["prepare_buckets_latents", *map(str, words), "--min_bucket_reso", "64"]) == 0
+    said = capsys.readouterr().err
+    assert "1 entries are about images in sub-folders" in said
+    assert "--recursive" in said
+    assert "1 entries are about images that are not in the folder" in said
+    for path in (*images.glob("*.npz"), *images.glob("sub/*")):
+        path.unlink()
     (tmp_path / "in.json").write_text('{"a.png": {}, "a.jpg": {}, "b": {}, "gone.png": {}}')
 
     def told(more: str = "") -> tuple[str, str]:
@@ -188,6 +206,111 @@ def test_what_does_not_fit_is_made_anew(
     assert "2 files written" in told("--seed 3")[0]
     with np.load(images / "b_0128x0064_sd.npz") as file:
         assert {"latents_flipped", "alpha_mask"} <= {*file.files}
+
+
+KILLS_ITSELF = """
+import os, signal, sys
+from sd_train.__main__ import main
+
+name, left = sys.argv[1], int(sys.argv[2])
+real = getattr(os, name)
+
+def counting(*places):
+    global left
+    if str(places[1]).endswith((".npz", ".png", ".jpg", ".caption")):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return real(*places)
+
+setattr(os, name, counting)
+main(sys.argv[3:])
+"""
+"""Runs a command that is killed when it is about to call a function of `os` for a file, after some such calls."""
+
+
+def killed(name: str, calls: int, *words: object) -> None:
+    arguments = [sys.executable, "-c", KILLS_ITSELF, name, str(calls), *map(str, words)]
+    done = subprocess.run(arguments, env=environment(), capture_output=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_latents_whose_command_was_killed(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("killed", "whole"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        for number in range(4):
+            photo = Image.open(PHOTOS / "coffee.jpg").resize((96, 64)).rotate(number)
+            photo.save(tmp_path / name / "images" / f"{number}.png")
+        entries = {f"{number}.png": {"caption": str(number)} for number in range(4)}
+        (tmp_path / name / "in.json").write_text(json.dumps(entries))
+    place = tmp_path / "killed"
+    words = [place / "images", place / "in.json", place / "out.json", tiny_model, *BUCKETS.split()]
+    killed("replace", 2, "prepare_buckets_latents", *words)
+    first = files(place)
+    assert sum(name.endswith(".npz") for name in first) == 2
+    assert sum(name.endswith(".tmp") for name in first) == 1
+    assert not (place / "out.json").exists()
+    assert prepare(place, tiny_model) == 0
+    assert prepare(tmp_path / "whole", tiny_model) == 0
+    assert contents(place) == contents(tmp_path / "whole")
+    # What was there is not made again.
+    after = files(place)
+    assert all(after[name] == first[name] for name in first if name.endswith(".npz"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_moving_that_was_killed(tmp_path: Path) -> None:
+    for name in ("killed", "whole"):
+        flawed_images(tmp_path / name)
+    place = tmp_path / "killed"
+    options = ["--report", place / "report.html", "--move_to", place / "aside"]
+    killed("rename", 4, "filter_images", place / "images", *options)
+    moved = {path.name for path in (place / "aside").iterdir()} - {"filter_images.json"}
+    assert len(moved) == 4
+    assert set(json.loads((place / "aside" / "filter_images.json").read_text())) > {"flat.png", "blur.png"}
+    for folder in (place, tmp_path / "whole"):
+        assert main(["filter_images", str(folder / "images"), "--report", str(folder / "report.html"), "--move_to",
+                     str(folder / "aside")]) == 0  # fmt: skip
+    found, wanted = contents(place), contents(tmp_path / "whole")
+    del found["report.html"], wanted["report.html"]
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--max_resolution 1024,1024 --max_bucket_reso 512", "longer than --max_bucket_reso (512)"),
+        ("--max_resolution 200,100", "shorter than --min_bucket_reso (256); give --min_bucket_reso 64"),
+        ("--bucket_reso_steps 8", "--bucket_reso_steps"),
+        ("--max_resolution 96,96 --min_bucket_reso 32 --bucket_reso_steps 32", "multiples of 64"),
+    ],
+)
+def test_buckets_that_no_training_takes(
+    options: str, told: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    Image.open(PHOTOS / "chelsea.jpg").resize((64, 64)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "in.json").write_text('{"a.png": {}}')
+    words = [tmp_path / "images", tmp_path / "in.json", tmp_path / "out.json", tiny_model, *options.split()]
+    assert main(["prepare_buckets_latents", *map(str, words)]) == 2
+    assert told in capsys.readouterr().err
+    assert not list((tmp_path / "images").glob("*.npz"))
+
+
+def test_places_are_tried_before_images_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"no image")
+    (tmp_path / "in.json").write_text('{"a.png": {}}')
+    nowhere = str(tmp_path / "in.json" / "file.json")
+    assert main(["prepare_buckets_latents", str(images), str(tmp_path / "in.json"), nowhere, "no model"]) == 4
+    assert "choose another OUT_JSON" in capsys.readouterr().err
+    for option in ("--report", "--list", "--move_to"):
+        more = [] if option == "--report" else ["--report", str(tmp_path / "report.html")]
+        assert main(["filter_images", str(images), option, nowhere, *more]) == 4
+        assert f"choose another {option}" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_wrong_arguments_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,6 +401,7 @@ def test_the_filter_finds_what_does_harm(tmp_path: Path) -> None:
         "wide.png": ["small", "aspect"],
     }  # fmt: skip
     assert list(listed["reported"]) == ["mark.png"]
+    assert "Of 14 images 9 are to be left out" in (tmp_path / "report.html").read_text()
     left = json.loads((tmp_path / "out.json").read_text())
     assert sorted(left) == ["astronaut.jpg", "chelsea.jpg", "coffee.jpg", "coffee_small.caption", "mark.png",
                             "rocket.jpg"]  # fmt: skip
@@ -288,6 +412,53 @@ def test_the_filter_finds_what_does_harm(tmp_path: Path) -> None:
     first = files(tmp_path)
     assert filtered(tmp_path) == 0
     assert contents(tmp_path) == {name: content for name, (content, _) in first.items()}
+
+
+def test_moving_to_another_disk_that_was_killed(tmp_path: Path) -> None:
+    aside = tmp_path / "aside"
+    flawed_images(tmp_path)
+    # What a copy leaves whose process has gone, and the image that was copied and is still there.
+    aside.mkdir()
+    (aside / f".flat.png.{os.getpid()}.tmp").write_bytes(b"half")
+    shutil.copy(tmp_path / "images" / "flat.png", aside)
+    (tmp_path / f".report.html.{os.getpid()}.tmp").write_bytes(b"half")
+    assert filtered(tmp_path, "--move_to", str(aside)) == 0
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert (aside / "flat.png").is_file()
+    assert not (tmp_path / "images" / "flat.png").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need privileges there")
+def test_links_are_moved_with_what_they_name(tmp_path: Path) -> None:
+    images, store = tmp_path / "images", tmp_path / "store"
+    for folder in (images, store):
+        folder.mkdir()
+    for name in ("flat.png", "there.png"):
+        Image.new("RGB", (300, 300), "red").save(store / name)
+        (images / name).symlink_to(Path("..") / "store" / name)
+    aside = tmp_path / "far" / "away"
+    aside.mkdir(parents=True)
+    # The link of a call that was killed.
+    (aside / "there.png").symlink_to(store / "there.png")
+    (tmp_path / "in.json").write_text("{}")
+    assert filtered(tmp_path, "--checks", "uniform", "--move_to", str(aside)) == 0
+    assert not list(images.iterdir())
+    for name in ("flat.png", "there.png"):
+        assert (aside / name).is_symlink()
+        assert (aside / name).read_bytes() == (store / name).read_bytes()
+
+
+def test_equal_names_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.open(PHOTOS / "coffee.jpg").resize((64, 64)).save(tmp_path / "images" / name / "one.png")
+        (tmp_path / "images" / name / "broken.png").write_bytes(b"no image")
+    (tmp_path / "in.json").write_text("{}")
+    assert filtered(tmp_path, "--recursive", "--checks", "broken,copy") == 0
+    assert json.loads((tmp_path / "list.json").read_text())["leave_out"]["b/one.png"] == ["copy: copy of a/one.png"]
+    page = (tmp_path / "report.html").read_text()
+    for words in ("a/one.png", "b/one.png", "copy of a/one.png", "a/broken.png", "b/broken.png", "Filter: images"):
+        assert words in page
 
 
 def test_the_filter_moves_and_deletes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,8 +499,6 @@ def test_models_are_mixed(tiny_model: Path, tmp_path: Path, capsys: pytest.Captu
     folder, other, target = tmp_path / "folder", tmp_path / "other.safetensors", tmp_path / "mixed.safetensors"
     assert main(["convert_diffusers20_original_sd", str(tiny_model), str(folder), "--v1", "--float"]) == 0
     tensors = load_file(tiny_model)
-    from safetensors.torch import save_file
-
     with safe_open(tiny_model, "pt") as file:
         told = file.metadata()
     changed = {name: tensor * 3 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -356,6 +525,42 @@ def test_models_are_mixed(tiny_model: Path, tmp_path: Path, capsys: pytest.Captu
     assert torch.equal(load_file(target)[name], (tensors[name].float() * 2).half())
 
 
+def test_models_that_predict_different_things_are_not_mixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise, velocity = write_small_file(tmp_path, "sd2"), write_small_file(tmp_path, "sd2-v")
+    words = ["merge_models", "--output", str(tmp_path / "mixed.safetensors"), "--models", str(noise)]
+    assert main([*words, str(velocity)]) == 3
+    assert "predicts the noise, others v" in capsys.readouterr().err
+    # What v models differ in may be added to one of the other kind.
+    assert main([*words, str(velocity), str(velocity), "--ratios", "1", "0.5", "-0.5"]) == 0
+    assert read_model(ModelRequest(str(tmp_path / "mixed.safetensors"))).prediction == "epsilon"
+    # One that does not tell is what the other says, and a folder has to say something.
+    bare, folder = tmp_path / "bare.safetensors", tmp_path / "folder"
+    save_file({name: tensor for name, tensor in load_file(velocity).items() if name != "v_pred"}, bare)
+    words = ["merge_models", "--output", str(folder), "--models", str(bare)]
+    assert main([*words, str(bare)]) == 3
+    assert "nothing tells" in capsys.readouterr().err
+    assert main([*words, str(velocity)]) == 0
+    assert read_model(ModelRequest(str(folder))).prediction == "v_prediction"
+    convert = ["convert_diffusers20_original_sd", str(bare), str(tmp_path / "converted"), "--v2"]
+    assert main(convert) == 3
+    assert "--v_parameterization" in capsys.readouterr().err
+    assert main([*convert, "--v_parameterization"]) == 0
+    assert read_model(ModelRequest(str(tmp_path / "converted"))).prediction == "v_prediction"
+    words[2] = str(tmp_path / "mixed.bin")
+    assert main([*words, str(noise)]) == 2
+    assert "ends like a file" in capsys.readouterr().err
+
+
+def test_metadata_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "bare.safetensors")
+    assert main(["show_metadata", "--model", str(tmp_path / "bare.safetensors")]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {}
+    assert "has no metadata" in said.err
+
+
 def test_conversion_takes_the_other_programs_arguments(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,10 +571,22 @@ def test_conversion_takes_the_other_programs_arguments(
     assert "--reference_model has no effect" in capsys.readouterr().err
     with safe_open(target, "pt") as file:
         assert file.metadata()["author"] == "me"
-        assert file.metadata()["sd_train.epoch"] == "3"
+        assert file.metadata()["ss_epoch"] == "3"
         assert file.get_tensor("model.diffusion_model.out.2.weight").dtype == torch.bfloat16
     assert main([*words, "fp16"]) == 2
     assert main([*words, "fp16", "--float", "--overwrite"]) == 2
+    assert main([*words, "fp16", "--overwrite", "--global_step", "-1"]) == 2
+    pickled = tmp_path / "model.ckpt"
+    assert main([*words[:2], str(pickled), "--epoch", "3", "--global_step", "70"]) == 0
+    content = torch.load(pickled, weights_only=True)
+    assert (content["epoch"], content["global_step"]) == (3, 70)
+
+
+def test_copies_have_the_whole_area() -> None:
+    for side in range(512, 2000):
+        assert scaled((side, side), (512, 512), 64) == ((512, 512), (512, 512))
+    assert scaled((300, 200), (512, 512), 1) == ((300, 200), (300, 200))
+    assert scaled((400, 200), (100, 100), 8) == ((141, 70), (136, 64))
 
 
 def test_copies_are_scaled_the_right_way_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,6 +595,10 @@ def test_copies_are_scaled_the_right_way_round(tmp_path: Path, capsys: pytest.Ca
     for name in ("wide.png", "wide.webp", "sub/wide.png"):
         Image.open(PHOTOS / "rocket.jpg").resize((400, 200)).save(source / name)
     (source / "sub" / "wide.txt").write_text("a rocket")
+    # Room for its copies' names, and not for those of its captions.
+    caption = "z" * 240 + ".caption"
+    (source / caption).write_text("nothing")
+    Image.new("RGB", (30, 20)).save(source / ("z" * 240 + ".png"))
     Image.new("RGB", (30, 20)).save(source / "tiny.png")
     (source / "broken.png").write_bytes(b"\x89PNG")
     for name in (LONG, "low.png"):
@@ -388,6 +609,7 @@ def test_copies_are_scaled_the_right_way_round(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().err
     assert "broken.png" in said
     assert f"{LONG}: its name leaves no room" in said
+    assert "zz.png: its name leaves no room" in said
     assert "low.png: a side of" in said
     sizes = {str(path.relative_to(target)): Image.open(path).size for path in target.rglob("*.jpg")}
     assert sizes == {
@@ -429,7 +651,8 @@ def test_caches_are_filled_for_a_training(
     shutil.copytree(PHOTOS, dataset / "1_photo")
     words += ["--train_data_dir", str(dataset), "--resolution", "64", "--caption_extension", ".txt", "--seed", "1"]
     assert main(["cache_latents", *words, "--vae_batch_size", "4"]) == 0
-    assert main(["cache_text_encoder_outputs", *words]) == 0
+    # Latents in memory would be lost with the process.
+    assert main(["cache_text_encoder_outputs", *words, "--cache_latents"]) == 0
     assert counted["images"] == 6
     encoded = dict(counted)
     assert encoded["texts"] >= 6
@@ -443,3 +666,7 @@ def test_caches_are_filled_for_a_training(
     assert counted == encoded
     assert main(["cache_latents", *words, "--flux"]) == 2
     assert "--flux" in capsys.readouterr().err
+    assert main(["cache_latents", *words, "--sdxl"]) == 3
+    assert "--sdxl says otherwise" in capsys.readouterr().err
+    words[1] = str(write_file(tmp_path, "sdxl"))
+    assert main(["cache_text_encoder_outputs", *words, "--sdxl"]) == 0

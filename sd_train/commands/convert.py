@@ -14,6 +14,7 @@ from sd_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from sd_train.families.parts import ModelParts
+    from sd_train.families.saving import SaveForm
 
 FORMS = ("safetensors", "ckpt", "diffusers", "diffusers_safetensors")
 PRECISIONS = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -105,19 +106,30 @@ def metadata_entries(text: str) -> dict[str, str]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
 
 
+_FORMS: dict[str, SaveForm] = {".safetensors": "safetensors", ".ckpt": "ckpt", ".pt": "ckpt"}
 _LIKE_FILES = (".safetensor", ".sft", ".bin", ".pth", ".ckp", ".onnx", ".gguf", ".zip")
+
+
+def named_form(target: Path, option: str, way_out: str) -> SaveForm | None:
+    """The form of file that the name of `target`, given as `option`, says; None where it is a folder's.
+
+    Raises:
+        ConfigError: if it ends like a file that is not written.
+    """
+    ending = target.suffix.lower()
+    if ending in _LIKE_FILES and not target.is_dir():
+        raise ConfigError(
+            f"{option} = {target}: ends like a file, but no such file is written; end it in .safetensors or .ckpt, or "
+            f"{way_out}"
+        )
+    return _FORMS.get(ending)
 
 
 def _form(target: Path, asked: str | None) -> Any:
     """The form to write, from the name of `target` unless asked for."""
-    named = {".safetensors": "safetensors", ".ckpt": "ckpt", ".pt": "ckpt"}.get(target.suffix.lower())
-    if asked is None and named is None and target.suffix.lower() in _LIKE_FILES and not target.is_dir():
-        raise ConfigError(
-            f"DST = {target}: ends like a file, but no such file is written; end it in .safetensors or .ckpt, or give "
-            "--save_model_as diffusers for a folder of that name"
-        )
     if asked is None:
-        return named or "diffusers"
+        return named_form(target, "DST", "give --save_model_as diffusers for a folder of that name") or "diffusers"
+    named = _FORMS.get(target.suffix.lower())
     if asked.startswith("diffusers") != (named is None) or (named is not None and named != asked):
         wanted = "a folder" if asked.startswith("diffusers") else f"a file that ends in .{asked}"
         raise ConfigError(f"--save_model_as = {asked}: writes {wanted}, and DST is {target}; change one of the two")

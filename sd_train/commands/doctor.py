@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     from sd_train.data.request import dataset_request
     from sd_train.doctor.diagnose import diagnose, unreadable
     from sd_train.doctor.finding import SEVERITIES
-    from sd_train.doctor.page import make_page
+    from sd_train.doctor.page import About, make_page
     from sd_train.doctor.report import as_json, summary
     from sd_train.plan_data import run_options
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         )
         diagnosis = diagnose(datasets, options, limit, _progress())
     output: Path = given.output or Path(f"{name.stem}_doctor.html")
-    write_text(output, make_page(name.name, diagnosis))
+    write_text(output, make_page(About(f"Doctor: {name.name}"), diagnosis))
     if given.json:
         print(json.dumps(as_json(diagnosis), indent=2, ensure_ascii=False))
     else:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,16 +16,14 @@ from sd_train.data.encoding import Encode, Encoder, FillOptions, Shown, centred_
 from sd_train.data.images import decode
 from sd_train.data.index import ImageIndex
 from sd_train.data.npz import (
-    SUFFIX,
     Mismatch,
     NpzRows,
-    find_npz,
-    has_npz,
     read_alone,
     read_npz,
     stands_alone,
     summary,
 )
+from sd_train.data.npz_beside import Unfit, files_beside
 from sd_train.data.row_names import RowNames
 from sd_train.data.store import Handles, RowStore
 from sd_train.errors import DataError
@@ -89,9 +86,15 @@ def _gathered(masked: Flags, gather: Callable[[Numbers], dict[str, Tensor]]) -> 
 
 
 class MemoryCache:
-    """What `encode` makes of each picture, as is and, with `flip_aug`, mirrored; on the CPU."""
+    """What `encode` makes of each picture, as is and, with `flip_aug`, mirrored; on the CPU.
 
-    def __init__(self) -> None:
+    `npz_suffix`: as for `DiskCache`.
+    """
+
+    def __init__(self, npz_suffix: str | None = None) -> None:
+        self.npz_suffix = npz_suffix
+        self.notes: list[str] = []
+        """What is worth telling about .npz files, after `fill`."""
         self._indexes: Sequence[ImageIndex] = ()
         self._kinds: list[_Kinds] = []
         self._slots: list[Numbers] = []
@@ -109,6 +112,7 @@ class MemoryCache:
             DataError: if a picture cannot be read, or what comes out is not finite.
         """
         self._indexes, self._kinds, self._slots, self._tables = indexes, [], [], {}
+        taken, unfit = list[Path](), Unfit()
         for number, index in enumerate(indexes):
             kinds = _Kinds.of(index)
             counts = (1 + kinds.mirrored.astype(np.int64))[kinds.order]
@@ -120,15 +124,29 @@ class MemoryCache:
             self._kinds.append(kinds)
             self._slots.append(slots)
             sizes = dict(zip(*np.unique(np.repeat(groups, counts), return_counts=True), strict=True))
-            self._fill_one(number, {int(group): int(count) for group, count in sizes.items()}, encode, options)
+            files, older = files_beside(index, self.npz_suffix)
+            wanted = {int(group): int(count) for group, count in sizes.items()}
+            mismatched = self._fill_one(number, wanted, encode, options, files)
+            taken += [path for place, path in files.items() if place not in mismatched]
+            unfit += older + [(files[place], mismatched[place]) for place in sorted(mismatched)]
+        self.notes = summary(taken, unfit)
 
-    def _fill_one(self, number: int, sizes: dict[int, int], encode: Encode, options: FillOptions) -> None:
+    def _fill_one(
+        self, number: int, sizes: dict[int, int], encode: Encode, options: FillOptions, files: Mapping[int, Path]
+    ) -> dict[int, str]:
+        """Fill the tables of a dataset; those images whose .npz file in `files` does not match, with the reason."""
         index, kinds = self._indexes[number], self._kinds[number]
+        mismatched: dict[int, str] = {}
 
         def read(place: int) -> list[Shown] | NpzRows:
             record = index.record(place)
             if stands_alone(record.path):
                 return read_alone(record)
+            if place in files:
+                try:
+                    return read_npz(files[place], record)
+                except Mismatch as reason:
+                    mismatched[place] = str(reason)
             pictures = centred_pictures(decode(record.path), record, bool(kinds.mirrored[place]))
             return [Shown(record.path, picture, place, bool(flip)) for flip, picture in enumerate(pictures)]
 
@@ -155,6 +173,7 @@ class MemoryCache:
                     encoder.add(one)
             options.progress(1)
         encoder.finish()
+        return mismatched
 
     def rows(self, number: int, places: Sequence[int], flips: Sequence[bool]) -> dict[str, Tensor]:
         """See `LatentRows`."""
@@ -207,13 +226,14 @@ class DiskCache:
         mine = [kinds.order[options.rank :: options.world] for kinds in self._kinds]
         self.store.refresh()
         self.notes = [f"{path}: not used, {reason}" for path, reason in self.store.damaged.items()]
-        unfit = self._find_npz()
+        beside = [files_beside(index, self.npz_suffix) for index in indexes]
+        self._npz = [files for files, _ in beside]
         self._locate()
         self._check()
         if self.notes:
             self.notes.append(f"remove what is damaged: sd-train cache verify --repair --cache_dir {self.cache_dir}")
         try:
-            self._take_npz(mine, unfit)
+            self._take_npz(mine, [each for _, unfit in beside for each in unfit])
             seen = set[bytes]()
             for number, order in enumerate(mine):
                 missing = self._missing(number)[order]
@@ -284,32 +304,7 @@ class DiskCache:
             # The same may stand elsewhere too.
             self._locate()
 
-    def _find_npz(self) -> list[tuple[Path, str]]:
-        """Look for .npz files; those that are too old, with that reason."""
-        self._npz = [
-            {place: index.path(place) for place, key in enumerate(index.keys) if key.endswith(SUFFIX)}
-            for index in self._indexes
-        ]
-        unfit: list[tuple[Path, str]] = []
-        if self.npz_suffix is None:
-            return unfit
-        for number, index in enumerate(self._indexes):
-            any_there: dict[tuple[int, str], bool] = {}
-            for place, (subset, key) in enumerate(zip(index.subset_of.tolist(), index.keys, strict=True)):
-                folder = subset, os.path.dirname(key)
-                if folder not in any_there:
-                    any_there[folder] = has_npz(index.path(place).parent)
-                if not any_there[folder] or place in self._npz[number]:
-                    continue
-                width, height = index.sizes[place].tolist()
-                path = find_npz(index.path(place), (width, height), self.npz_suffix)
-                if path is not None and path.stat().st_mtime_ns < index.stats[place, 1]:
-                    unfit.append((path, "older than the image"))
-                elif path is not None:
-                    self._npz[number][place] = path
-        return unfit
-
-    def _take_npz(self, mine: Sequence[Numbers], unfit: list[tuple[Path, str]]) -> None:
+    def _take_npz(self, mine: Sequence[Numbers], unfit: Unfit) -> None:
         """Copy matching .npz files into the store, for those images of `mine` that have no rows."""
         taken: list[Path] = []
         for number, index in enumerate(self._indexes):

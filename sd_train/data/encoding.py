@@ -116,7 +116,7 @@ class Encoder:
                 shown = chosen[int((~finite).nonzero()[0])]
                 raise DataError(
                     f"{shown.path}: its {name} from the autoencoder is not finite (NaN or infinite); use "
-                    "--no_half_vae or another --vae, or remove the image"
+                    "another --vae, or remove the image"
                 )
         masks = [shown.picture.mask for shown in chosen if shown.picture.mask is not None]
         if masks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sd_train.doctor import kinds
 from sd_train.doctor.check_captions import CHUNK_LIMITS
 from sd_train.doctor.diagnose import Diagnosis, Statistics
 from sd_train.doctor.finding import SEVERITIES, Finding, Sight
-from sd_train.doctor.pictures import Thumbnails
+from sd_train.doctor.pictures import Thumbnails, name_in
 from sd_train.doctor.survey import SubsetSurvey
 from sd_train.html import Html, bars, details, element, join, page, table
 
@@ -28,14 +29,24 @@ _WITHOUT_PICTURE = (kinds.MASK_BROKEN, kinds.METADATA_IMAGE_MISSING, kinds.LEFT_
 _SHAPE_STEPS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5)
 
 
-DOCTOR = "Looked at by sd-train doctor. Nothing was changed."
+@dataclass(frozen=True)
+class About:
+    """What a page says of the command that makes it."""
+
+    title: str
+    told: str = "Looked at by sd-train doctor. Nothing was changed."
+    """Stands below the heading."""
+    list_option: str = "--json"
+    """Of the command: lists what a page has no room for."""
+    root: Path | None = None
+    """Files are called by their paths in this folder; None: by their names."""
 
 
-def make_page(title: str, diagnosis: Diagnosis, told: str = DOCTOR) -> str:
-    """The whole page as HTML; `told` stands below its heading."""
-    thumbnails = Thumbnails(diagnosis.indexes)
+def make_page(about: About, diagnosis: Diagnosis) -> str:
+    """The whole page as HTML."""
+    thumbnails = Thumbnails(diagnosis.indexes, about.root)
     sections = [
-        ("findings", "Findings", _findings(diagnosis, thumbnails)),
+        ("findings", "Findings", _findings(about, diagnosis, thumbnails)),
         ("buckets", "Buckets as cropped", _buckets(diagnosis, thumbnails)),
         ("statistics", "Statistics", _statistics(diagnosis)),
         ("warnings", "What a run would warn of", _warnings(diagnosis)),
@@ -43,13 +54,13 @@ def make_page(title: str, diagnosis: Diagnosis, told: str = DOCTOR) -> str:
     shown = [(name, heading, content) for name, heading, content in sections if content]
     links = (element("li", element("a", heading, href=f"#{name}")) for name, heading, _ in shown)
     body = [
-        element("h1", f"Doctor: {title}"),
-        element("p", told, class_="faint"),
+        element("h1", about.title),
+        element("p", about.told, class_="faint"),
         _tiles(diagnosis),
         element("nav", element("ul", *links)),
     ]
     body += [element("section", element("h2", heading), content, id=name) for name, heading, content in shown]
-    return page(f"Doctor: {title}", body)
+    return page(about.title, body)
 
 
 def _tiles(diagnosis: Diagnosis) -> Html:
@@ -67,19 +78,19 @@ def _plural(noun: str, count: int) -> str:
     return noun if count == 1 else noun + "s"
 
 
-def _findings(diagnosis: Diagnosis, thumbnails: Thumbnails) -> Html:
+def _findings(about: About, diagnosis: Diagnosis, thumbnails: Thumbnails) -> Html:
     if not diagnosis.findings:
         return element("div", element("h3", "Nothing found", class_="fine"),
                        element("p", "Every file can be read and nothing looks unusual."), class_="card")
     broken = frozenset(path for path, look in diagnosis.looks.items() if look.trouble)
     parts = []
     for severity, findings in groupby(diagnosis.findings, key=lambda finding: finding.kind.severity):
-        cards = [_finding(finding, thumbnails, broken) for finding in findings]
+        cards = [_finding(about, finding, thumbnails, broken) for finding in findings]
         parts.append(element("div", *cards, id=severity))
     return join(parts)
 
 
-def _finding(finding: Finding, thumbnails: Thumbnails, broken: Set[Path]) -> Html:
+def _finding(about: About, finding: Finding, thumbnails: Thumbnails, broken: Set[Path]) -> Html:
     kind, count = finding.kind, len(finding.sights)
     badge = element("span", kind.severity, class_=f"badge {kind.severity}")
     number = f" ({count:,} {_plural('file', count)})" if count else ""
@@ -88,12 +99,12 @@ def _finding(finding: Finding, thumbnails: Thumbnails, broken: Set[Path]) -> Htm
         element("p", finding.place, class_="faint") if finding.place else "",
         element("p", finding.explanation),
         element("p", element("b", "To do: "), finding.fix),
-        _sights(finding, thumbnails, broken),
+        _sights(about, finding, thumbnails, broken),
     ]
     return element("article", *parts, class_="card")
 
 
-def _sights(finding: Finding, thumbnails: Thumbnails, broken: Set[Path]) -> Html:
+def _sights(about: About, finding: Finding, thumbnails: Thumbnails, broken: Set[Path]) -> Html:
     """Pictures of the first files, names of those that have none; files of one group side by side."""
     pictured, named = list[Sight](), list[Sight]()
     for sight in finding.sights:
@@ -106,17 +117,17 @@ def _sights(finding: Finding, thumbnails: Thumbnails, broken: Set[Path]) -> Html
         figures = [(thumbnails.framed if cropped else thumbnails.plain)(sight.path, [sight.note]) for sight in members]
         blocks.append(element("div", *figures, class_="pictures group" if group else "pictures"))
     rest = pictured[MOST_PICTURES:]
-    listed = _names(named) if named else Html()
+    listed = _names(about, named) if named else Html()
     if rest:
-        listed = join([listed, details(f"{len(rest):,} more", _names(rest))])
+        listed = join([listed, details(f"{len(rest):,} more", _names(about, rest))])
     return join([*blocks, listed])
 
 
-def _names(sights: Sequence[Sight]) -> Html:
-    rows = [element("li", element("code", printable(sight.path.name)), f" {sight.note}" if sight.note else "")
+def _names(about: About, sights: Sequence[Sight]) -> Html:
+    rows = [element("li", element("code", name_in(sight.path, about.root)), f" {sight.note}" if sight.note else "")
             for sight in sights[:MOST_NAMES]]
     if len(sights) > MOST_NAMES:
-        rows.append(element("li", f"and {len(sights) - MOST_NAMES:,} more; --json lists all"))
+        rows.append(element("li", f"and {len(sights) - MOST_NAMES:,} more; {about.list_option} lists all"))
     return element("ul", *rows, class_="plain")
 
 
@@ -179,7 +190,9 @@ def _subset(diagnosis: Diagnosis, subset: SubsetSurvey, figures: Statistics) -> 
     facts = f"{subset.config.origin}: {role}{figures.images:,} images, {figures.captions:,} with caption"
     sizes = [size for item in subset.items if (size := diagnosis.looks[item.path].size) is not None]
     columns = [_block("Square root of width x height", _sizes(sizes)),
-               _block("Width : height", _shapes(sizes)), _block("Tokens of a caption", _tokens(figures.tokens))]
+               _block("Width : height", _shapes(sizes))]
+    if figures.tokens or not figures.captions:
+        columns.append(_block("Tokens of a caption", _tokens(figures.tokens)))
     if figures.coverage:
         columns.append(_block("Share of a mask that is white", _shares(list(figures.coverage.values()))))
     parts = [element("h3", printable(str(folder))), element("p", printable(facts), class_="faint"),

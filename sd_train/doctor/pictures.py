@@ -19,9 +19,13 @@ _LINE = np.array([255, 64, 64], np.uint8)
 
 
 class Thumbnails:
-    """Makes figures of image files; each is decoded when it is shown."""
+    """Makes figures of image files; each is decoded when it is shown.
 
-    def __init__(self, indexes: Indexes | None) -> None:
+    They are called by their paths in the folder `root`, without one by their names.
+    """
+
+    def __init__(self, indexes: Indexes | None, root: Path | None = None) -> None:
+        self._root = root
         self._rows: dict[Path, tuple[ImageIndex, int]] = {}
         for index in () if indexes is None else (*indexes.training, *indexes.validation):
             for row in range(len(index)):
@@ -41,7 +45,7 @@ class Thumbnails:
         return self._figure(path, lines, self.record(path))
 
     def _figure(self, path: Path, lines: list[str], record: ImageRecord | None) -> Html:
-        name = printable(path.name)
+        name = name_in(path, self._root)
         try:
             pixels = decode(path).pixels
         except DataError:
@@ -50,6 +54,13 @@ class Thumbnails:
         if record is not None:
             small = frame(small, record)
         return figure(picture(small, name, LONGEST), [name, *lines])
+
+
+def name_in(path: Path, root: Path | None) -> str:
+    """What a file is called: its path in the folder `root` if it is there, else its name."""
+    if root is not None and path.is_relative_to(root):
+        return printable(path.relative_to(root).as_posix())
+    return printable(path.name)
 
 
 def frame(small: Pixels, record: ImageRecord) -> Pixels:

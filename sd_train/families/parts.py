@@ -143,6 +143,11 @@ def read_model(request: ModelRequest) -> ModelParts:
     return parts
 
 
+def multiple_of(family: FamilyName) -> int:
+    """Of what pictures' sides are multiples, in pixels."""
+    return 32 if family.startswith("sdxl") else 64
+
+
 def model_kind(request: ModelRequest) -> ModelKind:
     """Family, prediction, latents and configurations, without reading weights.
 
@@ -154,11 +159,11 @@ def model_kind(request: ModelRequest) -> ModelKind:
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     latent = LatentSpec(vae["latent_channels"], factor, vae.get("scaling_factor", 0.18215))
     configs = {name: part.config for name, part in parts.parts.items()}
-    multiple = 32 if parts.family.startswith("sdxl") else 64
     in_channels = configs["unet"]["in_channels"]
     return ModelKind(
-        parts.family, parts.prediction, parts.zero_terminal_snr, multiple, latent, in_channels, configs, parts.form
-    )
+        parts.family, parts.prediction, parts.zero_terminal_snr, multiple_of(parts.family), latent, in_channels,
+        configs, parts.form,
+    )  # fmt: skip
 
 
 def _read_folder(request: ModelRequest, path: Path) -> ModelParts:

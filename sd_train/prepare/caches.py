@@ -19,12 +19,12 @@ def fill(what: str, about: str, argv: Sequence[str]) -> int:
         UserError: if the options are wrong, something cannot be read, or the disk refuses.
     """
     if any(word in ("-h", "--help") for word in argv):
-        print(f"usage: sd-train {what} [OPTIONS OF A TRAINING] [--sdxl]\n\n{about}")
+        print(f"usage: sd-train {what} [OPTIONS OF A TRAINING]\n\n{about}")
         return 0
-    config = load_config(*_training(what, argv))
+    config = load_config("train_network", _training(what, argv))
     # torch takes seconds to import, and wrong options need not wait for it.
     from sd_train.build import quiet_libraries
-    from sd_train.build_caches import fill_caches
+    from sd_train.build_caches import fill_latents, fill_texts
     from sd_train.build_network import merge_base
     from sd_train.families.registry import load_family
     from sd_train.plan import prepare
@@ -36,7 +36,8 @@ def fill(what: str, about: str, argv: Sequence[str]) -> int:
     family.configure(text_options(config))
     merge_base(prepared, family)
     family.to(prepared.device.device, prepared.device.weight_dtype)
-    fill_caches(prepared, family)
+    # Options may ask for both caches, and for one in memory, which would be lost.
+    (fill_latents if what == "cache_latents" else fill_texts)(prepared, family)
     if prepared.device.is_main:
         count = sum(len(index) for index in prepared.plan.indexes)
         noun = "latents" if what == "cache_latents" else "encoded captions"
@@ -47,13 +48,12 @@ def fill(what: str, about: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def _training(what: str, argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The command whose options are read, and those options."""
+def _training(what: str, argv: Sequence[str]) -> list[str]:
+    """The options of the training, of which no more is known than that it takes from the cache `what`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in _OTHER_FAMILIES:
         parser.add_argument(f"--{name}", nargs="?", const="given")
-    for name in ("sdxl", "skip_existing"):
-        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--skip_existing", action="store_true")
     given, rest = parser.parse_known_args(list(argv))
     for name in _OTHER_FAMILIES:
         if getattr(given, name) is not None:
@@ -66,4 +66,4 @@ def _training(what: str, argv: Sequence[str]) -> tuple[str, list[str]]:
     rest += [f"--{what}_to_disk"]
     if what == "cache_text_encoder_outputs" and "--network_train_unet_only" not in rest:
         rest += ["--network_train_unet_only"]
-    return "sdxl_train_network" if given.sdxl else "train_network", rest
+    return rest

@@ -70,7 +70,7 @@ class Filtered:
 
 def run_checks(
     looks: Mapping[Path, Look], limits: FilterLimits, checks: Collection[str], report_only: Collection[str],
-    captions: Mapping[Path, int],
+    captions: Mapping[Path, int], folder: Path,
 ) -> Filtered:
     """Run `checks`; copies are looked for among what is left after the others.
 
@@ -80,6 +80,7 @@ def run_checks(
         checks: names in `CHECKS`.
         report_only: those of them that leave nothing out.
         captions: how many each image has; one with more is kept before its copies.
+        folder: in which all images are.
     """
     result = Filtered()
     values = {"small": limits.min_size, "bytes": limits.min_bytes, "aspect": limits.max_aspect,
@@ -105,7 +106,8 @@ def run_checks(
             for number, (kept, others) in enumerate(groups([path for path in order if path not in result.reasons],
                                                            left), start=1):
                 sights.append(Sight(kept, "is kept", number))
-                sights += [Sight(path, f"{text} of {kept.name}", number) for path, text in others]
+                name_of_kept = kept.relative_to(folder).as_posix()
+                sights += [Sight(path, f"{text} of {name_of_kept}", number) for path, text in others]
                 dropped |= {path for path, _ in others}
             note(name, sights, dropped)
     names = list(CHECKS)

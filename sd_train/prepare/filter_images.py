@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sd_train.errors import ConfigError, DataError, Problems
-from sd_train.files import write_text
+from sd_train.files import probe_folder, tidy, write_text
 from sd_train.prepare.arguments import Parser, check_images_folder
 from sd_train.prepare.entries import match_entries
 from sd_train.prepare.filter_checks import CHECKS, Filtered, FilterLimits, run_checks
@@ -57,16 +57,17 @@ def main(argv: Sequence[str]) -> int:
     )
     from sd_train.doctor.looks import look_at
 
+    report: Path = given.report or Path(f"{folder.absolute().name}_filter.html")
+    _probe(given, report)
     with_text = "text" in checks
     looks = look_at(images, _progress(len(images)), lambda decoded: measure(decoded, with_text))
-    result = run_checks(looks, limits, checks, report_only, captions)
+    result = run_checks(looks, limits, checks, report_only, captions, folder)
     removed = {keys[image]: reasons for image, reasons in result.reasons.items()}
     # An image that the user has put back into the folder is judged as it stands there.
     journal = {key: reasons for key, reasons in journal.items() if not os.path.lexists(folder / key)}
     journal = dict(sorted((journal | removed).items()))
-    report: Path = given.report or Path(f"{folder.absolute().name}_filter.html")
     if removed or result.reported or not report.is_file() or given.move_to is None:
-        write_text(report, _page(given, images, looks, result, sum(map(bool, captions.values()))))
+        write_text(report, _page(given, looks, result, sum(map(bool, captions.values()))), "--report")
     if given.list is not None:
         _write_list(given.list, journal, {keys[image]: seen for image, seen in result.reported.items()})
     if given.out_json is not None:
@@ -86,6 +87,21 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _probe(given: argparse.Namespace, report: Path) -> None:
+    """Find out whether files can be written where they will be, before all images are looked at.
+
+    Raises:
+        RunError: if not.
+    """
+    for option, file in (("--report", report), ("--list", given.list), ("--out_json", given.out_json)):
+        if file is not None:
+            probe_folder(file.absolute().parent, option)
+            # A call that was killed has left what it was writing.
+            tidy(file.absolute().parent, {file.name}.__contains__)
+    if given.move_to is not None:
+        probe_folder(given.move_to.absolute(), "--move_to")
+
+
 def _captions(images: Iterable[Path], entries: Collection[Path]) -> dict[Path, int]:
     """How many caption files and entries of metadata each image has."""
     return {
@@ -95,30 +111,30 @@ def _captions(images: Iterable[Path], entries: Collection[Path]) -> dict[Path, i
 
 def _write_list(path: Path, journal: Journal, reported: Journal) -> None:
     content = {"leave_out": journal, "reported": dict(sorted(reported.items()))}
-    write_text(path, json_text(content))
+    write_text(path, json_text(content), "--list")
 
 
 def _page(
-    given: argparse.Namespace, images: Sequence[Path], looks: dict[Path, Look], result: Filtered,
-    captioned: int,
+    given: argparse.Namespace, looks: dict[Path, Look], result: Filtered, captioned: int
 ) -> str:
     """The doctor's page, about this folder alone; `captioned` of its images have a caption."""
     from sd_train.data.settings import DatasetConfig, SubsetConfig
     from sd_train.doctor.diagnose import Diagnosis, Statistics
     from sd_train.doctor.finding import Place
-    from sd_train.doctor.page import make_page
+    from sd_train.doctor.page import About, make_page
     from sd_train.doctor.survey import Item, SubsetSurvey, Survey
 
     folder: Path = given.train_data_dir
     config = SubsetConfig(folder, origin="filter_images")
-    items = tuple(Item(metadata_key(image, folder, False), image, None, None) for image in images)
+    items = tuple(Item(metadata_key(image, folder, False), image, None, None) for image in looks)
     survey = Survey(
         (DatasetConfig(1, (512, 512), subsets=(config,)),), (SubsetSurvey(config, Place("", 0, 0), items),)
     )
-    statistics = (Statistics(len(images), captioned, (), (), {}),)
+    statistics = (Statistics(len(looks), captioned, (), (), {}),)
     diagnosis = Diagnosis(survey, looks, tuple(result.findings), statistics, None, (), 75)
-    what = "Nothing was changed." if given.move_to is None else f"What is left out goes to {given.move_to}."
-    return make_page(folder.absolute().name, diagnosis, f"Looked at by sd-train filter_images. {what}")
+    what = "Nothing was changed." if given.move_to is None else f"They go to {given.move_to}."
+    told = f"Looked at by sd-train filter_images. Of {len(looks):,} images {len(result.reasons):,} are to be left out. "
+    return make_page(About(f"Filter: {folder.absolute().name}", told + what, "--list", folder), diagnosis)
 
 
 def _progress(total: int) -> Callable[[], object]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from sd_train.config.textfile import read_text
 from sd_train.data.folders import Folder, list_folder
 from sd_train.errors import DataError, DiskError
-from sd_train.files import write_text, write_whole
+from sd_train.files import SHORTENED, tidy, write_text, write_whole
 from sd_train.prepare.metadata import json_text
 
 JOURNAL = "filter_images.json"
@@ -61,7 +61,11 @@ def move_images(folder: Path, keys: Sequence[str], target: Path, journal: Journa
         raise DataError(f"--move_to: {len(taken)} names are taken, the first is {taken[0]}; give an empty folder")
     if not moves:
         return 0
-    write_text(target / JOURNAL, json_text(journal))
+    # Copies to another disk that were killed.
+    names = {JOURNAL, *(after.name for _, after in moves)}
+    for place in {target, *(after.parent for _, after in moves)}:
+        tidy(place, lambda name: name in names or SHORTENED.fullmatch(name) is not None)
+    write_text(target / JOURNAL, json_text(journal), "--move_to")
     for before, after in moves:
         try:
             after.parent.mkdir(parents=True, exist_ok=True)
@@ -74,10 +78,18 @@ def move_images(folder: Path, keys: Sequence[str], target: Path, journal: Journa
 
 def _same(before: Path, after: Path) -> bool:
     """Whether it is there already: a copy to another disk was interrupted before its end."""
+    if before.is_symlink():
+        return after.is_symlink() and os.path.realpath(before) == os.path.realpath(after)
     return after.is_file() and not after.is_symlink() and filecmp.cmp(before, after, shallow=False)
 
 
 def _move(before: Path, after: Path) -> None:
+    if before.is_symlink():
+        # What a relative link names is found from its own folder alone.
+        if not after.is_symlink():
+            os.symlink(os.path.join(before.parent.absolute(), os.readlink(before)), after)
+        os.unlink(before)
+        return
     try:
         os.rename(before, after)
     except OSError as problem:

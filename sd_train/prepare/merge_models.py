@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sd_train.commands.convert import check_target
+from sd_train.commands.convert import check_target, named_form
 from sd_train.errors import ConfigError, ModelError, Problems
 from sd_train.families.sources import Part, TensorSource
 from sd_train.prepare.arguments import Parser
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sd_train.families.saving import SaveForm
 
 PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_PREDICTS = {"epsilon": "the noise", "v_prediction": "v", "sample": "the picture"}
 
 _ABOUT = """Mix models of one family, tensor by tensor: --ratios 0.7 0.3 is 0.7 times the first plus 0.3 times the
 second; 1 1 -1 adds to the first what the second has and the third has not. The ratios add up to 1, as the weights
@@ -80,12 +82,9 @@ def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(list(argv))
     ratios, form = _checked(given)
     # Of several seconds, which wrong arguments need not wait for.
-    from sd_train.families.parts import ModelRequest, read_model
     from sd_train.families.saving import save_model
 
-    models = [read_model(ModelRequest(source, guess=True, option="--models")) for source in given.models]
-    if len(families := {model.family for model in models}) > 1:
-        raise ModelError(f"--models: are of different families ({', '.join(sorted(families))}); mix those of one")
+    models = _read(given, ratios, form)
     device = _device(given.device)
     mixed, skipped = dict[str, Part](), list[str]()
     for role, part in models[0].parts.items():
@@ -112,6 +111,46 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _read(given: argparse.Namespace, ratios: Sequence[float], form: SaveForm) -> list[ModelParts]:
+    """The models; the first is told what they predict where it does not tell itself.
+
+    Raises:
+        ModelError: if one cannot be read, or they are not of one kind.
+    """
+    from sd_train.families.parts import ModelRequest, read_model
+
+    models = [read_model(ModelRequest(source, guess=True, option="--models")) for source in given.models]
+    if len(families := {model.family for model in models}) > 1:
+        raise ModelError(f"--models: are of different families ({', '.join(sorted(families))}); mix those of one")
+    first, *others = _predictions(models, ratios) or [""]
+    if others:
+        raise ModelError(
+            f"--models: the first predicts {_PREDICTS[first]}, others {_PREDICTS[others[0]]}, and a mixture of them "
+            "neither; mix models of one kind"
+        )
+    if first and not models[0].told:
+        models[0] = read_model(
+            ModelRequest(given.models[0], v_parameterization=first == "v_prediction", option="--models")
+        )
+    if not models[0].told and form.startswith("diffusers"):
+        raise ModelError(
+            f"--models = {given.models[0]}: nothing tells whether it predicts the noise or v, as folders have to; "
+            "write a .safetensors file, or convert it before with sd-train convert --v_parameterization (768 pixels) "
+            "or --no_v_parameterization (512)"
+        )
+    return models
+
+
+def _predictions(models: Sequence[ModelParts], ratios: Sequence[float]) -> list[str]:
+    """What those models predict that tell it, each kind once; what is added and taken away again is left out."""
+    shares: dict[str, float] = {}
+    for model, ratio in zip(models, ratios, strict=True):
+        if model.told:
+            shares[model.prediction] = shares.get(model.prediction, 0.0) + ratio
+    first = models[0].prediction if models[0].told else None
+    return [kind for kind, share in shares.items() if abs(share) > 1e-3 or kind == first]
+
+
 def _kept(models: Sequence[ModelParts]) -> dict[str, str]:
     """What all say alike of what they are."""
     wanted = ("modelspec.architecture", "modelspec.prediction_type", "modelspec.sai_model_spec")
@@ -130,7 +169,7 @@ def _checked(given: argparse.Namespace) -> tuple[list[float], SaveForm]:
     """
     problems = Problems()
     if len(given.models) < 2:
-        problems.add("--models", given.models, "is one model", "give two or more")
+        problems.add("--models", given.models[0], "is one model", "give two or more")
     ratios: list[float] = given.ratios or [1 / len(given.models)] * len(given.models)
     if len(ratios) != len(given.models):
         problems.add("--ratios", given.ratios, f"are {len(ratios)} numbers for {len(given.models)} models",
@@ -138,9 +177,9 @@ def _checked(given: argparse.Namespace) -> tuple[list[float], SaveForm]:
     elif not abs(sum(ratios) - 1) < 1e-3:
         problems.add("--ratios", given.ratios, f"add up to {sum(ratios):g}, and all weights would be scaled by it",
                      "give ratios that add up to 1")  # fmt: skip
-    forms: dict[str, SaveForm] = {".safetensors": "safetensors", ".ckpt": "ckpt"}
-    form = forms.get(given.output.suffix.lower(), "diffusers_safetensors")
     problems.raise_if_any(ConfigError)
+    form = named_form(given.output, "--output", "give a name without an extension for a folder")
+    form = form or "diffusers_safetensors"
     check_target([("--models", source) for source in given.models], given.output, form, given.overwrite, "--output")
     return ratios, form
 

@@ -16,6 +16,7 @@ from sd_train.data.headers import read_size
 from sd_train.data.record import ImageRecord
 from sd_train.data.settings import DatasetConfig, SubsetConfig
 from sd_train.errors import ConfigError, DataError, ModelError, Problems, RunError
+from sd_train.files import probe_folder
 from sd_train.prepare.arguments import Parser, check_images_folder
 from sd_train.prepare.entries import match_entries
 from sd_train.prepare.listing import find_images, metadata_key, tidy_folders, too_long
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 _CELL = 8
+_LEAST_STEP = 32
+"""Steps of buckets are multiples of it, for some families of twice that."""
 _INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
 _ABOUT = """Put images into buckets by the rules of the training, and write their latents beside them, under
@@ -60,12 +63,13 @@ def main(argv: Sequence[str]) -> int:
     images = find_images(given.train_data_dir, given.recursive)
     matched = match_entries(images, given.train_data_dir, metadata)
     _tell("images have no entry in IN_JSON and are left out", [str(image) for image in matched.without_entry])
-    _tell("entries are about images that are not in the folder and are kept as they are", matched.without_image)
+    _tell_left(matched.without_image, given.train_data_dir)
     if not matched.keys:
         raise DataError(
             f"{given.in_json}: names none of the {len(images)} images in {given.train_data_dir}; give the metadata of "
             "this folder, and --recursive if its images lie in sub-folders"
         )
+    probe_folder(given.out_json.absolute().parent, "OUT_JSON")
     found = _records(list(matched.keys), dataset, given.train_data_dir)
     _tell("images are too small for a bucket and are left out", list(found.unfit.values()))
     broken = dict(found.broken)
@@ -80,6 +84,15 @@ def main(argv: Sequence[str]) -> int:
     for problem in broken.values():
         print(f"error: {problem}", file=sys.stderr)
     return 3 if broken else 0
+
+
+def _tell_left(keys: Sequence[str], folder: Path) -> None:
+    """Tell of entries that are left out, and of those among them whose images a training would find."""
+    there = {key for key in keys if os.path.isfile(folder / key)}
+    _tell("entries are about images in sub-folders, or hidden ones, and are kept as they are; --recursive takes those "
+          "in sub-folders", sorted(there))  # fmt: skip
+    _tell("entries are about images that are not in the folder and are kept as they are",
+          [key for key in keys if key not in there])  # fmt: skip
 
 
 def _count(records: Sequence[ImageRecord]) -> None:
@@ -125,7 +138,7 @@ def _latents(given: argparse.Namespace, records: Sequence[ImageRecord]) -> dict[
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from sd_train.device import open_device, out_of_memory
     from sd_train.families.autoencoder import Autoencoder
-    from sd_train.families.parts import ModelRequest, read_model
+    from sd_train.families.parts import ModelRequest, multiple_of, read_model
     from sd_train.prepare.latents import LatentsOptions, look_for, make_files, sharing
 
     parts = read_model(ModelRequest(given.model_name_or_path, given.v2, None, given.sdxl, given.vae, guess=True,
@@ -136,6 +149,11 @@ def _latents(given: argparse.Namespace, records: Sequence[ImageRecord]) -> dict[
         raise ModelError(
             f"{given.model_name_or_path}: its latents have {encoder.channels} channels at 1/{encoder.factor} of the "
             f"size; sd-scripts' files hold 4 at 1/{_CELL}, so use --cache_latents_to_disk in the training instead"
+        )
+    if given.bucket_reso_steps % (multiple := multiple_of(parts.family)):
+        raise ConfigError(
+            f"--bucket_reso_steps = {given.bucket_reso_steps}: trainings of this model take multiples of {multiple}; "
+            f"write {multiple}, as the training does"
         )
     suffix = "_sdxl" if parts.family.startswith("sdxl") else "_sd"
     workers = given.max_data_loader_n_workers
@@ -193,17 +211,11 @@ def _checked(given: argparse.Namespace) -> DatasetConfig:
                      "make it with merge_captions_to_metadata or merge_dd_tags_to_metadata")  # fmt: skip
     check_target(given.out_json, problems)
     resolution = _resolution(given.max_resolution, problems)
-    if given.bucket_reso_steps < _CELL or given.bucket_reso_steps % _CELL:
-        problems.add("--bucket_reso_steps", given.bucket_reso_steps, f"must be a multiple of {_CELL}", "write 64, or "
-                     "32 for SDXL, as the training does")  # fmt: skip
-    elif given.min_bucket_reso < given.bucket_reso_steps:
-        problems.add("--min_bucket_reso", given.min_bucket_reso, f"is less than one step of {given.bucket_reso_steps}",
-                     "give one step or more")  # fmt: skip
-    elif min(resolution) < given.bucket_reso_steps:
-        problems.add("--max_resolution", given.max_resolution, f"is less than one step of {given.bucket_reso_steps}",
-                     "write e.g. 512,512")  # fmt: skip
-    if given.max_bucket_reso < given.min_bucket_reso:
-        problems.add("--max_bucket_reso", given.max_bucket_reso, "is less than --min_bucket_reso", "swap them")
+    if given.bucket_reso_steps < 1 or given.bucket_reso_steps % _LEAST_STEP:
+        problems.add("--bucket_reso_steps", given.bucket_reso_steps, "must be a multiple of 64, or of 32 for SDXL",
+                     "write what the training has")  # fmt: skip
+    else:
+        given.min_bucket_reso, given.max_bucket_reso = _limits(given, resolution, problems)
     for name, least in (("batch_size", 1), ("max_data_loader_n_workers", 0), ("seed", 0)):
         value = getattr(given, name)
         if value is not None and value < least:
@@ -211,6 +223,7 @@ def _checked(given: argparse.Namespace) -> DatasetConfig:
     if given.skip_existing and given.overwrite:
         problems.add("--overwrite", None, "contradicts --skip_existing", "leave out one of the two")
     problems.raise_if_any(ConfigError)
+    assert resolution is not None
     if given.mixed_precision != "no":
         print(f"note: --mixed_precision {given.mixed_precision} has no effect: latents are always computed in float32",
               file=sys.stderr)  # fmt: skip
@@ -225,7 +238,26 @@ def _checked(given: argparse.Namespace) -> DatasetConfig:
     )  # fmt: skip
 
 
-def _resolution(text: str, problems: Problems) -> tuple[int, int]:
+def _limits(given: argparse.Namespace, resolution: tuple[int, int] | None, problems: Problems) -> tuple[int, int]:
+    """Shortest and longest side, whole steps as the training makes of them; its rules hold here too."""
+    step, least, most = given.bucket_reso_steps, given.min_bucket_reso, given.max_bucket_reso
+    smallest, largest = least // step * step, -(-most // step) * step
+    if smallest < step:
+        problems.add("--min_bucket_reso", least, f"is less than one step of {step}", "give one step or more")
+    elif largest < smallest:
+        problems.add("--max_bucket_reso", most, "is less than --min_bucket_reso", "swap them")
+    elif resolution is None:
+        pass
+    elif min(resolution) < smallest:
+        problems.add("--max_resolution", given.max_resolution, f"a side is shorter than --min_bucket_reso ({least})",
+                     f"give --min_bucket_reso {max(min(resolution) // step, 1) * step}")  # fmt: skip
+    elif max(resolution) > largest:
+        problems.add("--max_resolution", given.max_resolution, f"a side is longer than --max_bucket_reso ({most})",
+                     f"give e.g. --max_bucket_reso {-(-2 * max(resolution) // step) * step}")  # fmt: skip
+    return smallest, largest
+
+
+def _resolution(text: str, problems: Problems) -> tuple[int, int] | None:
     """`512,512` or `512`."""
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -233,7 +265,7 @@ def _resolution(text: str, problems: Problems) -> tuple[int, int]:
         numbers = []
     if len(numbers) not in (1, 2) or min(numbers) < 1:
         problems.add("--max_resolution", text, "is no width and height in pixels", "write e.g. 512,512")
-        return 1 << 16, 1 << 16
+        return None
     return numbers[0], numbers[-1]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         targets = {each: folder / f"{names[image]}+{each[0]}x{each[1]}{end}" for each in resolutions}
         missing = {each: path for each, path in targets.items() if given.overwrite or not os.path.exists(path)}
         kept += len(targets) - len(missing)
-        if any(map(too_long, targets.values())):
+        beside = others.get(image.with_suffix(""), ())
+        if any(map(too_long, (*targets.values(), *_copies(beside, targets.values())))):
             broken.append(f"{image}: its name leaves no room for that of its copies; rename it")
             continue
         try:
@@ -63,8 +65,9 @@ def main(argv: Sequence[str]) -> int:
             broken.append(str(problem))
             continue
         written += len(missing)
-        for other in others.get(image.with_suffix(""), ()):
-            _copy_other(other, list(targets.values()), given.overwrite)
+        for copy, other in _copies(beside, targets.values()).items():
+            if given.overwrite or not os.path.exists(copy):
+                write_whole(copy, partial(_copy, other), "dst_img_folder")
     print(f"{given.dst_img_folder}: {written} copies written, {kept} were there")
     for text in broken:
         print(f"error: {text}", file=sys.stderr)
@@ -82,9 +85,11 @@ def scaled(size: Size, most: Size, multiple: int) -> tuple[Size, Size]:
 
     The second is the first with sides that are multiples of `multiple`, 0 where one is shorter.
     """
-    area = most[0] * most[1]
-    scale = min(1.0, (area / (size[0] * size[1])) ** 0.5)
-    resized = max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+    (width, height), area = size, most[0] * most[1]
+    resized = size
+    if width * height > area:
+        # In whole numbers: a fraction less than 512 would be 511, and 448 as a multiple of 64.
+        resized = max(1, math.isqrt(area * width // height)), max(1, math.isqrt(area * height // width))
     return resized, (resized[0] - resized[0] % multiple, resized[1] - resized[1] % multiple)
 
 
@@ -121,12 +126,9 @@ def _others(images: Sequence[Path]) -> dict[Path, list[Path]]:
     return found
 
 
-def _copy_other(other: Path, targets: Sequence[Path], overwrite: bool) -> None:
-    """Copy a file that belongs to an image for each of its copies."""
-    for target in targets:
-        copy = target.with_name(target.stem + other.suffix)
-        if overwrite or not os.path.exists(copy):
-            write_whole(copy, partial(_copy, other), "dst_img_folder")
+def _copies(others: Sequence[Path], targets: Collection[Path]) -> dict[Path, Path]:
+    """Where files that belong to an image are copied to for each of its copies, with what is copied."""
+    return {target.with_name(target.stem + other.suffix): other for other in others for target in targets}
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -150,7 +152,7 @@ def _checked(given: argparse.Namespace) -> list[Size]:
         problems.add("dst_img_folder", str(given.dst_img_folder), "is the folder of the images, whose copies would be "
                      "copied again", "give another one")  # fmt: skip
     found = []
-    for text in given.max_resolution.split(","):
+    for text in dict.fromkeys(given.max_resolution.split(",")):
         width, _, height = text.strip().lower().partition("x")
         if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
             problems.add("--max_resolution", text, "is no WIDTHxHEIGHT in pixels", "write e.g. 512x512,384x384")

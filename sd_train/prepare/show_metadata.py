@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def main(argv: Sequence[str]) -> int:
     if path.suffix.lower() != ".safetensors":
         raise ModelError(f"--model = {path}: only .safetensors files hold metadata; sd-train convert makes one")
     entries = SafetensorsSource.open([path]).metadata
+    if not entries:
+        print(f"note: {path} has no metadata", file=sys.stderr)
     print(json.dumps({name: _opened(entries[name]) for name in sorted(entries)}, ensure_ascii=False, indent=2))
     return 0
 
