@@ -20,7 +20,7 @@ from sd_train.families.latent import LatentDiffusion
 from sd_train.families.published import Prediction, published_config
 from sd_train.families.registry import make_family
 from sd_train.families.text import TextEncoder
-from sd_train.trainables.lora import LoraModule
+from sd_train.trainables.lora_module import LoraModule
 from tests.models import fresh_tiny, golden
 
 Shapes = dict[str, list[list[int]]]

@@ -21,7 +21,8 @@ from sd_train.errors import ModelError
 from sd_train.families.latent import LatentDiffusion
 from sd_train.families.published import published_config
 from sd_train.families.sd import StableDiffusion
-from sd_train.trainables.lora import Lora, LoraModule, LoraSettings
+from sd_train.trainables.lora import Lora, LoraSettings
+from sd_train.trainables.lora_module import LoraModule
 from sd_train.types import Batch, Update
 from tests.models import DATA, all_tensors, assert_equal_tensors, fresh_tiny, golden
 

@@ -22,8 +22,9 @@ from sd_train.lora_files.checking import check
 from sd_train.lora_files.reading import lora_from_tensors, open_lora
 from sd_train.plan import prepare
 from sd_train.plan_network import lora_layout, network_sizes
-from sd_train.trainables.lora import Lora, LoraModule, LoraSettings
+from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.trainables.lora_layout import BlockSize, Layout, Size, block_number
+from sd_train.trainables.lora_module import LoraModule
 from sd_train.trainables.lora_norms import Factors, change_norms, scale_down
 from sd_train.types import Batch, Geometry, Update
 from tests.lora_cases import in_diffusers

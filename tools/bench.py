@@ -83,7 +83,8 @@ def overhead(steps: int, batch: int, warmup: int, workers: int) -> dict[str, flo
         (LatentDiffusion, "encode_texts"),
         (LatentDiffusion, "predict"),
         (Updater, "backward"),
-        (Updater, "step"),
+        (Updater, "reduce"),
+        (Updater, "apply"),
     ]
     watched = [(owner, name, clock.timed) for owner, name in parts] + [(Report, "update", clock.marking)]
     for owner, name, watch in watched:

@@ -77,6 +77,10 @@ def build_network(parts: ModelParts, role: str, dtype: torch.dtype | None) -> An
     _fill_constants(network)
     network.requires_grad_(False).eval()
     _without_dropout(network)
+    if role == "unet":
+        from sd_train.families.attention import lean_attention
+
+        lean_attention(network)
     return network
 
 

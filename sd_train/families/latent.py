@@ -202,7 +202,7 @@ class LatentDiffusion(ABC):
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """[B, 4, h, w], [B] -> the U-Net's output, [B, 4, h, w]; what it means is `prediction`."""
         output = self.unet(
-            noisy.to(self.unet.dtype),
+            noisy.to(self._dtype()),
             timesteps,
             encoder_hidden_states=conditioning.states,
             timestep_cond=self._guidance(len(noisy), conditioning),
@@ -227,7 +227,12 @@ class LatentDiffusion(ABC):
         w = conditioning.extra.get("guidance")
         if w is None:
             w = torch.zeros(batch, device=self.device)
-        return guidance_embedding(w, config["time_cond_proj_dim"]).to(self.unet.dtype)
+        return guidance_embedding(w, config["time_cond_proj_dim"]).to(self._dtype())
+
+    def _dtype(self) -> torch.dtype:
+        """The U-Net's; its library goes through all modules to tell it."""
+        dtype: torch.dtype = self.unet.conv_in.weight.dtype
+        return dtype
 
     def parts(self) -> ModelParts:
         """The live networks as they are saved: published names, the configurations that they were read with."""
