@@ -35,7 +35,8 @@ class _Pictures(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: Path, tokenizer: Any, repeats: int) -> None:
         self._paths = sorted(folder.glob("*.jpg")) * repeats
         texts = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in self._paths]
-        self._ids = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        chosen = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+        self._ids = tokenizer(texts, **chosen).input_ids
 
     def __len__(self) -> int:
         return len(self._paths)

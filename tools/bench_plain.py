@@ -1,11 +1,13 @@
-"""The same updates without anything that was made quick: diffusers' own modules, LoRA as a formula, a plain AdamW.
+"""The same updates without anything that was made quick: diffusers' own modules, LoRA as a formula, plain clipping.
 
-What a fast path computes is worth nothing if it is something else: every figure of speed stands beside the largest
-difference of its losses from these.
+What a fast path computes is worth nothing if it is something else: figures of speed stand beside the largest
+differences of the losses and of the gradients' norms from these, each update from the weights that the training had
+before it. Losses agree to a few 1e-7. On random weights norms do not: against float64, either is up to some 1e-2 off.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +15,94 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from sd_train.device import Updater
 from sd_train.objectives.denoise import Denoise
 from sd_train.trainables.lora import Lora
 from sd_train.types import Batch
 
-EPSILON = 1e-4
-"""AdamW's, in both: with the usual 1e-8 a gradient that is next to nothing moves a weight by the full rate in the
-direction of its rounding error, and after some updates the losses tell of nothing else."""
+
+@dataclass
+class _Update:
+    batch: Batch
+    loss: float
+    weights: dict[str, Tensor]
+    """Of the U-Net, or of the LoRA, before it."""
+    norm: float = 0.0
+    """Of the gradients, before they are clipped."""
 
 
 class Recorder:
-    """Keeps the batches of the first updates, the losses that the training found, and a LoRA's first factors."""
+    """Keeps what the first updates of a training were made of and what it found."""
 
     def __init__(self, updates: int) -> None:
-        self.batches: list[Batch] = []
-        self.losses: list[float] = []
-        self.factors: dict[str, Tensor] | None = None
+        self.updates: list[_Update] = []
         self.paths: dict[str, str] = {}
-        whole, install = Denoise.loss, Lora.install
+        """Module of the LoRA -> where in the U-Net it is; none where all weights are trained."""
+        loras: list[Lora] = []
+        whole, install, reduce = Denoise.loss, Lora.install, Updater.reduce
 
         def loss(objective: Denoise, batch: Batch) -> Tensor:
+            weights = loras[0].tensors() if loras else objective.family.tensors("unet")
+            before = {name: tensor.clone() for name, tensor in weights.items()} if len(self.updates) < updates else None
             found = whole(objective, batch)
-            if len(self.batches) < updates:
-                self.batches.append(batch)
-                self.losses.append(float(found.detach().mean()))
+            if before is not None:
+                self.updates.append(_Update(batch, float(found.detach().mean()), before))
             return found
+
+        def reduced(updater: Updater, *arguments: Any) -> Tensor:
+            norm = reduce(updater, *arguments)
+            if self.updates and not self.updates[-1].norm:
+                self.updates[-1].norm = float(norm)
+            return norm
 
         def installed(lora: Lora, family: Any) -> None:
             install(lora, family)
-            self.factors = {name: tensor.clone() for name, tensor in lora.tensors().items()}
+            loras.append(lora)
             self.paths = {target.key: target.path for target in family.lora_targets("unet")}
 
-        Denoise.loss = loss  # type: ignore[method-assign]
-        Lora.install = installed  # type: ignore[method-assign]
+        for owner, name, own in ((Denoise, "loss", loss), (Lora, "install", installed), (Updater, "reduce", reduced)):
+            setattr(owner, name, own)
 
 
-def largest_difference(model: Path, recorder: Recorder) -> float:
-    """Of the recorded losses from those of plain updates on the same batches, relative to these."""
+def largest_differences(model: Path, recorder: Recorder) -> dict[str, float]:
+    """Of the recorded losses and norms from those of plain updates, relative to these."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     unet: Any = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
     schedule = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
-    unet.requires_grad_(recorder.factors is None)
-    learned = [*unet.parameters()] if recorder.factors is None else _add_factors(unet, recorder)
-    optimizer = torch.optim.AdamW(learned, lr=1e-4, eps=EPSILON, foreach=False, fused=False)
-    differences: list[float] = []
-    for batch, expected in zip(recorder.batches, recorder.losses, strict=True):
-        assert batch.images is not None and batch.texts is not None
+    learned = _add_factors(unet, recorder) if recorder.paths else dict(unet.named_parameters())
+    differences: list[tuple[float, ...]] = []
+    for update in recorder.updates:
+        with torch.no_grad():
+            for name, parameter in learned.items():
+                parameter.copy_(update.weights[name])
+        batch = update.batch
+        assert batch.images is not None
+        assert batch.texts is not None
         rows = batch.images
         latents = (rows["mean"] + (0.5 * rows["logvar"]).exp() * batch.latent_noise) * 0.18215
         noisy = schedule.add_noise(latents, batch.noise, batch.timesteps)
         prediction = unet(noisy, batch.timesteps, batch.texts["states"]).sample
         loss = functional.mse_loss(prediction, batch.noise)
         loss.backward()
-        nn.utils.clip_grad_norm_(learned, 1.0, foreach=False)
-        optimizer.step()
-        optimizer.zero_grad()
-        differences.append(abs(float(loss.detach()) - expected) / float(loss.detach()))
-    return max(differences)
+        norm = nn.utils.clip_grad_norm_(learned.values(), 1.0, foreach=False)
+        pairs = (float(loss.detach()), update.loss), (float(norm), update.norm)
+        differences.append(tuple(abs(found - plain) / plain for plain, found in pairs))
+        for parameter in learned.values():
+            parameter.grad = None
+    losses, norms = zip(*differences, strict=True)
+    return {"loss_difference": max(losses), "norm_difference": max(norms)}
 
 
-def _add_factors(unet: nn.Module, recorder: Recorder) -> list[nn.Parameter]:
-    """W x + (alpha / rank) up(down(x)) at each of the recorded modules."""
-    assert recorder.factors is not None
-    learned: list[nn.Parameter] = []
+def _add_factors(unet: nn.Module, recorder: Recorder) -> dict[str, nn.Parameter]:
+    """W x + (alpha / rank) up(down(x)) at each of the recorded modules; the factors by name."""
+    unet.requires_grad_(False)
+    learned: dict[str, nn.Parameter] = {}
     for key, path in recorder.paths.items():
-        layer = unet.get_submodule(path)
-        down = nn.Parameter(recorder.factors[f"{key}.lora_down.weight"])
-        up = nn.Parameter(recorder.factors[f"{key}.lora_up.weight"])
-        scale = float(recorder.factors[f"{key}.alpha"]) / len(down)
+        layer, first = unet.get_submodule(path), recorder.updates[0].weights
+        down = learned[f"{key}.lora_down.weight"] = nn.Parameter(first[f"{key}.lora_down.weight"].clone())
+        up = learned[f"{key}.lora_up.weight"] = nn.Parameter(first[f"{key}.lora_up.weight"].clone())
+        scale = float(first[f"{key}.alpha"]) / len(down)
 
         def added(
             layer: nn.Module, given: tuple[Tensor], base: Tensor, down: Tensor = down, up: Tensor = up,
@@ -91,5 +112,4 @@ def _add_factors(unet: nn.Module, recorder: Recorder) -> list[nn.Parameter]:
             return base + scale * product(product(given[0], down), up)
 
         layer.register_forward_hook(added)
-        learned += [down, up]
     return learned
