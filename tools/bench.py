@@ -1,6 +1,7 @@
 """Measurements that anyone can repeat.
 
 `python tools/bench.py overhead`: what the trainer costs beside its arithmetic, and beside diffusers' training step.
+`python tools/bench.py counts`: operations, allocations and waits of one update, beside those that are kept.
 `python tools/bench.py data`: how fast folders are indexed, ordered and cached, beside plain loops.
 """
 
@@ -21,6 +22,8 @@ def main() -> int:
     command.add_argument("--rounds", type=int, default=3, help="each figure is the median of so many")
     command.add_argument("--models", default="tiny,small", metavar="NAME,...")
     command.add_argument("--cases", default=",".join([*CASES, *BARE]), metavar="NAME,...")
+    command = commands.add_parser("counts", help="operations, allocations and waits of one update of each kind")
+    command.add_argument("--write", action="store_true", help="keep them, as what the tests allow")
     command = commands.add_parser("data", help="images indexed, ordered and cached a second, beside plain loops")
     command.add_argument("--images", type=int, default=100_000, help="files of the folder that is indexed")
     command.add_argument("--rounds", type=int, default=3, help="each figure is the best of so many")
@@ -31,6 +34,10 @@ def main() -> int:
 
         print(json.dumps(data_figures(given.images, given.rounds, not given.no_cache), indent=1))
         return 0
+    if given.command == "counts":
+        from bench_counts import counts_command
+
+        return counts_command(given.write)
     figures = overhead_figures(given.models.split(","), given.cases.split(","), given.rounds, given.steps)
     print(json.dumps(figures, indent=1))
     return 0

@@ -42,8 +42,10 @@ class Recorder:
         whole, install, reduce = Denoise.loss, Lora.install, Updater.reduce
 
         def loss(objective: Denoise, batch: Batch) -> Tensor:
-            weights = loras[0].tensors() if loras else objective.family.tensors("unet")
-            before = {name: tensor.clone() for name, tensor in weights.items()} if len(self.updates) < updates else None
+            before = None
+            if len(self.updates) < updates:
+                weights = loras[0].tensors() if loras else objective.family.tensors("unet")
+                before = {name: tensor.clone() for name, tensor in weights.items()}
             found = whole(objective, batch)
             if before is not None:
                 self.updates.append(_Update(batch, float(found.detach().mean()), before))

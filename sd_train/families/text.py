@@ -54,6 +54,8 @@ class Tokens(NamedTuple):
     """[B, chunks, 77], int64."""
     weights: Tensor
     """[B, chunks, 77], float32; 1 for start, end and padding."""
+    weighted: bool
+    """Whether any weight is another one than 1; known here, so that nobody asks a tensor."""
 
 
 @dataclass
@@ -92,7 +94,8 @@ class ChunkTokenizer:
     def __call__(self, texts: Sequence[str], chunks: int, weighted: bool = False) -> Tokens:
         """[B] texts -> [B, `chunks`, 77] tokens; what does not fit is cut off."""
         found = [self._tokens(text, chunks, weighted) for text in texts]
-        return Tokens(torch.stack([row.ids for row in found]), torch.stack([row.weights for row in found]))
+        ids, weights = torch.stack([row.ids for row in found]), torch.stack([row.weights for row in found])
+        return Tokens(ids, weights, any(row.weighted for row in found))
 
     def _tokens(self, text: str, chunks: int, weighted: bool) -> Tokens:
         # Captions come back every epoch; shuffled ones are many, so the table is emptied before it grows large.
@@ -119,7 +122,7 @@ class ChunkTokenizer:
             empty = CHUNK - len(inner)
             rows.append([start, *inner, end, *[pad] * empty])
             scales.append([1.0, *weights[first : first + CHUNK], 1.0, *[1.0] * empty])
-        return Tokens(torch.tensor(rows), torch.tensor(scales))
+        return Tokens(torch.tensor(rows), torch.tensor(scales), any(scale != 1 for row in scales for scale in row))
 
     def _pieces(self, text: str, weighted: bool) -> list[Piece]:
         """Stretches of equal weight, with marks in place of `words`: these may hold brackets."""
@@ -203,7 +206,8 @@ class TextEncoder:
         tokens = self.tokenizer(texts, chunks, weighting != "none")
         variants, places = 1 if self.new is None else self.new.variants, None
         if self.new is not None and variants > 1:
-            tokens = Tokens(self.new.varied(tokens.ids), tokens.weights.repeat_interleave(variants, dim=0))
+            ids, weights = self.new.varied(tokens.ids), tokens.weights.repeat_interleave(variants, dim=0)
+            tokens = Tokens(ids, weights, tokens.weighted)
         network: Any = self.network
         batch, _, length = tokens.ids.shape
         ids = tokens.ids.view(batch * chunks, length)
@@ -222,8 +226,7 @@ class TextEncoder:
                 states = clip_transformer(network).get_submodule("final_layer_norm")(states)
         states = states if places is None else _spread(states, places)
         states = _joined(states.view(batch, chunks, length, -1))
-        # Asked on the CPU: a question to the device would wait for it.
-        if bool((tokens.weights != 1).any()):
+        if tokens.weighted:
             weights = _joined(tokens.weights.unsqueeze(-1)).to(states.device, non_blocking=True)
             states = _weighted(states, weights, weighting)
         pooled = None

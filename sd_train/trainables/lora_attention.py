@@ -37,10 +37,12 @@ class StackedProjections:
 def _together(x: Tensor, modules: Sequence[LoraModule]) -> list[Tensor]:
     if not modules[0].stackable:
         return [module(x) for module in modules]
-    low = modules[0].cast(x)
-    products = functional.linear(low, torch.cat([module.down for module in modules]))
-    hidden = products.split([module.rank for module in modules], dim=-1)
-    return [module.add(module.base(x), each) for module, each in zip(modules, hidden, strict=True)]
+    downs, alone = torch.cat([module.down for module in modules]), None
+    if all(module.scale == modules[0].scale for module in modules) and modules[0].scale != 1:
+        # Once for all, where each sum would scale both of its gradients.
+        downs, alone = downs * modules[0].scale, 1.0
+    hidden = functional.linear(modules[0].cast(x), downs).split([module.rank for module in modules], dim=-1)
+    return [module.add(module.base(x), each, alone) for module, each in zip(modules, hidden, strict=True)]
 
 
 def stack_projections(family: Family, role: str, modules: Mapping[str, LoraModule]) -> None:

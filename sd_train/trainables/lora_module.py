@@ -83,8 +83,10 @@ class LoraModule(nn.Module):
         # Under autocast the operators cast the float32 factors themselves; a half-precision base without it needs this.
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.dtype)
 
-    def add(self, base: Tensor, hidden: Tensor) -> Tensor:
-        """`base` and what `hidden`, the product of the input with `down`, changes of it."""
+    def add(self, base: Tensor, hidden: Tensor, scale: float | None = None) -> Tensor:
+        """`base` and what `hidden`, the product of the input with `down`, changes of it; `scale`: in place of its own,
+        where the product has it already."""
+        scale = self.scale if scale is None else scale
         if self._switches.dropout:
             hidden = hidden * self._mask("dropout", hidden.shape, self._switches.dropout, hidden)
         if self._switches.rank_dropout:
@@ -93,11 +95,11 @@ class LoraModule(nn.Module):
             shape = [len(hidden), *middle, self.rank] if self._stride is None else [len(hidden), self.rank, *middle]
             hidden = hidden * self._mask("rank dropout", shape, self._switches.rank_dropout, hidden)
         if self._stride is not None:
-            return torch.add(base, functional.conv2d(hidden, self.up).to(base.dtype), alpha=self.scale)
+            return torch.add(base, functional.conv2d(hidden, self.up).to(base.dtype), alpha=scale)
         if hidden.dtype != base.dtype:
-            return torch.add(base, functional.linear(hidden, self.up).to(base.dtype), alpha=self.scale)
+            return torch.add(base, functional.linear(hidden, self.up).to(base.dtype), alpha=scale)
         # Product, scale and sum at once.
-        rows = torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), self.up.t(), alpha=self.scale)
+        rows = torch.addmm(base.flatten(0, -2), hidden.flatten(0, -2), self.up.t(), alpha=scale)
         return rows.view_as(base)
 
     def _drawn_from(self, purpose: str) -> int:
