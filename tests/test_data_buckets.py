@@ -95,10 +95,14 @@ def test_merging_leaves_no_small_bucket(images: list[tuple[int, int, float]], ba
     assert np.allclose(after.aspect_error, error)
 
 
-def merged(sizes: list[tuple[int, int]], batch_size: int, **options: Any) -> list[tuple[int, int]]:
+def assigned(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(width, height) for width, height in assign_many(np.array(sizes), dataset([512, 512])).bucket.tolist()]
+
+
+def merged(sizes: list[tuple[int, int]], batch_size: int, repeats: int = 1, **options: Any) -> list[tuple[int, int]]:
     config = replace(dataset([512, 512], **options), batch_size=batch_size)
     table = np.array(sizes)
-    rows = merge_small(table, assign_many(table, config), np.ones(len(sizes)), config)
+    rows = merge_small(table, assign_many(table, config), np.full(len(sizes), float(repeats)), config)
     return [(width, height) for width, height in rows.bucket.tolist()]
 
 
@@ -110,6 +114,25 @@ def test_a_small_bucket_goes_where_least_is_cropped() -> None:
     assert merged([(640, 384), *[(704, 320)] * 2, *[(320, 704)] * 3], 3) == [(704, 320)] * 3 + [(320, 704)] * 3
     # With two buckets too small one is left, and it may stay small.
     assert merged([(640, 384), (384, 640), (384, 640)], 9) == [(384, 640)] * 3
+
+
+def test_left_over_images_make_the_next_buckets_batches_full() -> None:
+    square, wide, tall = (512, 512), (576, 448), (320, 704)
+    # One too many of the squares, three of the wide ones: the one that is nearer to the other shape goes.
+    given = [*[square] * 4, (560, 512), *[wide] * 7]
+    assert merged(given, 4) == [*[square] * 4, *[wide] * 8]
+    # Three too few: one comes back.
+    given = [*[square] * 7, (560, 480), *[wide] * 4]
+    assert assigned(given) == [*[square] * 7, *[wide] * 5]
+    assert merged(given, 4) == [*[square] * 8, *[wide] * 4]
+    # A tall picture would lose more than half of itself; and a bucket never becomes smaller than a batch.
+    given = [*[tall] * 5, *[square] * 7]
+    assert merged(given, 4) == given
+    assert merged([*[square] * 5, *[wide] * 4], 4) == [*[square] * 5, *[wide] * 4]
+    # Seen three times each, four images fill three batches of four.
+    given = [*[square] * 5, *[wide] * 7]
+    assert Counter(merged(given, 4, repeats=3)) == Counter([*[square] * 4, *[wide] * 8])
+    assert merged(given, 3, repeats=3) == given
 
 
 def test_nothing_is_enlarged_by_merging_without_upscale() -> None:

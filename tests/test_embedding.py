@@ -62,7 +62,8 @@ def test_words_are_found_before_weights_and_counted() -> None:
     taught(family, word="cat (new)", count=3)
     tokenizer, first = encoder.tokenizer, encoder.tokenizer.first_new
     assert first == 49408
-    ids, weights = tokenizer(["a (CAT (new):1.5) b"], 1, True)
+    ids, weights, weighted = tokenizer(["a (CAT (new):1.5) b"], 1, True)
+    assert weighted
     assert ids[0, 0, 2:5].tolist() == [first, first + 1, first + 2]
     assert weights[0, 0, 1:6].tolist() == [1, 1.5, 1.5, 1.5, 1]
     again = tokenizer(["a catalog (of: cats)"], 1, True)

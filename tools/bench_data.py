@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -18,15 +19,20 @@ import numpy as np
 from PIL import Image
 
 from sd_train.data.buckets import assign_many
+from sd_train.data.captions import process_caption, sample_caption
 from sd_train.data.columns import TextColumn
 from sd_train.data.index import ImageIndex, IndexOptions, build_indexes
 from sd_train.data.index_file import FEWEST, KeptIndexes
 from sd_train.data.order import Order
+from sd_train.data.record import ImageRecord
 from sd_train.data.scan import scan_files, scan_folder
-from sd_train.data.settings import DatasetConfig, SubsetConfig
+from sd_train.data.settings import BucketPolicy, DatasetConfig, SubsetConfig
 
 CAPTION = "a tree frog sitting on a leaf, macro photograph, shallow depth of field, looking at the viewer"
 RECORDS = 1_000_000
+SHAPES = [
+    (512, 512), (512, 768), (768, 512), (640, 480), (480, 640), (640, 360), (360, 640), (600, 400), (500, 600),
+]  # fmt: skip
 OLD = (1_000_000_000, 1_000_000_000)  # Files of this moment would be read again.
 
 
@@ -45,6 +51,9 @@ def data_figures(images: int, rounds: int, with_cache: bool) -> dict[str, float]
         figures = _scans(folder, kept, images, rounds)
         figures.update(_memory(folder, images))
         figures.update(_order(rounds))
+        figures.update(_captions(rounds))
+        for policy in ("keep", "merge", "fill", "carry"):
+            figures[f"fill_of_batches_{policy}"] = round(_fill(Path(temporary), policy), 4)
     if with_cache:
         from bench_cache import cache_figures
 
@@ -194,9 +203,50 @@ def _order(rounds: int) -> dict[str, float]:
                        buckets=buckets)  # fmt: skip
 
     index = bucketed()
+    middle = RECORDS // dataset.batch_size // 2
     return {
+        "million_entered_in_the_middle_s": round(_best(rounds, lambda: Order([index], 0).epoch(0).batch(middle)), 3),
         "million_bucketed_s": round(_best(rounds, bucketed), 3),
         "million_shuffled_s": round(_best(rounds, lambda: Order([index], 0).epoch(0)), 3),
         "million_bucketed_and_shuffled_s": round(_best(rounds, lambda: Order([bucketed()], 0).epoch(0)), 3),
         "million_permutation_floor_s": round(_best(rounds, lambda: np.random.default_rng(0).permutation(RECORDS)), 3),
     }
+
+
+def _captions(rounds: int) -> dict[str, float]:
+    """Prompts a second: made from captions of ten tags by a given generator, and with each sample's own."""
+    subset = SubsetConfig(image_dir=Path(), shuffle_caption=True, keep_tokens=1, caption_dropout_rate=0.1)
+    tags = "frog, leaf, green, macro, close-up, looking at viewer, rain, night, sharp focus, depth of field"
+    square = (512, 512)
+    record = ImageRecord(Path("a.png"), "a.png", subset, square, square, square, tags, 1.0, False)
+    rng, count = random.Random(0), 50_000
+
+    def processed() -> None:
+        for _ in range(count):
+            process_caption(tags, subset, rng, 0, 0, 1000)
+
+    def sampled() -> None:
+        for repeat in range(count):
+            sample_caption(record, 0, 0, repeat, 0, 1000)
+
+    return {
+        "captions_per_s": round(count / _best(rounds, processed)),
+        "captions_of_samples_per_s": round(count / _best(rounds, sampled)),
+    }
+
+
+def _fill(folder: Path, policy: BucketPolicy) -> float:
+    """Places of batches of 8 that hold a sample, over ten epochs of 200 images of nine shapes."""
+    images = folder / "shapes"
+    if not images.is_dir():
+        images.mkdir()
+        shapes = np.random.default_rng(1).integers(0, len(SHAPES), 200)
+        for number, shape in enumerate(shapes):
+            Image.new("RGB", SHAPES[shape], (number, 0, 0)).save(images / f"{number:03d}.png")
+    dataset = DatasetConfig(
+        batch_size=8, resolution=(512, 512), enable_bucket=True, bucket_policy=policy,
+        subsets=(SubsetConfig(image_dir=images, class_tokens="a shape"),),
+    )  # fmt: skip
+    order = Order(build_indexes([dataset], IndexOptions()).training, 0)
+    batches = [order.epoch(epoch).batch(number) for epoch in range(10) for number in range(order.batches_in(epoch))]
+    return sum(len(batch.records) for batch in batches) / (8 * len(batches))

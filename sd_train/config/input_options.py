@@ -143,7 +143,7 @@ class DatasetOptions(Group):
     bucket_policy: Literal["keep", "merge", "fill", "carry"] = Field(
         "keep",
         description="Buckets that do not fill a batch: keep short batches; merge small buckets into the one that "
-        "crops least; fill up with repeats; carry what is left to the next epoch.",
+        "crops least, and move what is left over; fill up with repeats; carry what is left to the next epoch.",
     )
     skip_image_resolution: float = Field(
         0.0, ge=0, description="Leave out images whose sqrt(width x height) is not above this."

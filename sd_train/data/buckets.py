@@ -6,7 +6,9 @@ The rules are sd-scripts' (`BucketManager`, `make_bucket_resolutions`, `trim_and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,8 @@ Sizes = NDArray[np.int64]
 
 _AT_ONCE = 1024
 """Images compared with all buckets in one go."""
+MOST_CROPPED = 0.34
+"""Of a picture, where it leaves its bucket for the sake of a full batch: a square becomes 3:2, nothing is halved."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,8 @@ def merge_small(
     A bucket with fewer samples an epoch than `batch_size` goes, the smallest first, into the bucket among the others
     where the least is cropped, until every bucket fills a batch or one is left. What is cropped is the mean over the
     bucket's samples of the share of the resized picture that is cut away. With `bucket_no_upscale` only buckets count
-    that all its images cover without being enlarged; without such a one it stays as it is.
+    that all its images cover without being enlarged; without such a one it stays as it is. Then single images go into
+    the bucket of the next shape, see `_move_leftovers`.
 
     Args:
         sizes: [N, 2], the images'.
@@ -175,6 +180,7 @@ def merge_small(
         target = int(others[np.argmin(loss)])
         bucket_of[images] = target
         samples[target] += samples[smallest]
+    _move_leftovers(sizes, bucket_of, table, repeats, dataset)
     bucket = table[bucket_of]
     moved = (bucket != rows.bucket).any(axis=1)
     resized, error = rows.resized.copy(), rows.aspect_error.copy()
@@ -182,6 +188,49 @@ def merge_small(
     resized[moved] = _cover(sizes[moved], aspect, bucket[moved])
     error[moved] = bucket[moved, 0] / bucket[moved, 1] - aspect
     return Assignments(bucket, resized, error)
+
+
+def _move_leftovers(
+    sizes: Sizes, bucket_of: NDArray[np.int32], table: Sizes, repeats: NDArray[np.float64], dataset: DatasetConfig
+) -> None:
+    """Change `bucket_of` [N] so that the buckets' last batches are full.
+
+    From the narrowest shape to the widest, the images that are left over go into the next bucket that is short too, or
+    those that are missing come from there: the ones of which the least is cut away, and whichever cuts away less.
+    Nothing moves of which more than `MOST_CROPPED` would be; nor where images are not all seen equally often.
+    """
+    if not len(repeats) or (repeats != repeats[0]).any() or repeats[0] != int(repeats[0]) or repeats[0] < 1:
+        return
+    batch = dataset.batch_size // math.gcd(dataset.batch_size, int(repeats[0]))
+    used = np.unique(bucket_of)
+    used = used[table[used].min(axis=1) > 0]
+    chain = used[np.argsort(table[used, 0] / table[used, 1], kind="stable")].tolist()
+    members = {bucket: np.flatnonzero(bucket_of == bucket) for bucket in chain}
+
+    def cheapest(source: int, target: int, count: int) -> tuple[NDArray[np.int64], float]:
+        """The `count` images of `source` that lose least in `target`, and what they lose together."""
+        if len(members[source]) - count < batch:
+            return members[source][:0], np.inf
+        lost = _cropped(sizes[members[source]], table[target], enlarge=not dataset.bucket_no_upscale)
+        chosen = np.argsort(lost, kind="stable")[:count]
+        return members[source][chosen], float(lost[chosen].sum()) if (lost[chosen] <= MOST_CROPPED).all() else np.inf
+
+    def moved(here: int, after: int) -> bool:
+        """Whether the last batch of `here` is full now."""
+        over = len(members[here]) % batch
+        (away, away_lost), (near, near_lost) = cheapest(here, after, over), cheapest(after, here, batch - over)
+        bucket_of[away if away_lost <= near_lost else near] = after if away_lost <= near_lost else here
+        for bucket in (here, after):
+            members[bucket] = np.flatnonzero(bucket_of == bucket)
+        return min(away_lost, near_lost) < np.inf
+
+    # Only to where a batch is short too: else the same short batch would be in another bucket.
+    short = [place for place, bucket in enumerate(chain) if len(members[bucket]) % batch]
+    for first, last in pairwise(short):
+        before, path = bucket_of.copy(), chain[first : last + 1]
+        if len(members[chain[first]]) % batch and not all(moved(*pair) for pair in pairwise(path)):
+            bucket_of[:] = before
+            members.update({bucket: np.flatnonzero(bucket_of == bucket) for bucket in path})
 
 
 def crop_box(resized: Size, bucket: Size) -> tuple[int, int]:
@@ -211,12 +260,19 @@ def _crop_loss(sizes: Sizes, repeats: NDArray[np.float64], buckets: Sizes, enlar
     for start in range(0, len(sizes), _AT_ONCE):
         some = sizes[start : start + _AT_ONCE]
         pairs, targets = np.repeat(some, len(buckets), axis=0), np.tile(buckets, (len(some), 1))
-        kept = targets.prod(axis=1) / _cover(pairs, pairs[:, 0] / pairs[:, 1], targets).prod(axis=1)
-        if not enlarge:
-            kept[(pairs < targets).any(axis=1)] = -np.inf
-        lost += repeats[start : start + _AT_ONCE] @ (1 - kept).reshape(len(some), len(buckets))
+        lost += repeats[start : start + _AT_ONCE] @ _cropped(pairs, targets, enlarge).reshape(len(some), len(buckets))
     mean: NDArray[np.float64] = lost / repeats.sum()
     return mean
+
+
+def _cropped(sizes: Sizes, targets: Sizes, enlarge: bool) -> NDArray[np.float64]:
+    """[N]: the share of each resized picture that its bucket of [N, 2] or [2] cuts away; infinite where refused."""
+    targets = np.broadcast_to(targets, sizes.shape)
+    covering = _cover(sizes, sizes[:, 0] / sizes[:, 1], targets)
+    lost: NDArray[np.float64] = 1 - targets.prod(axis=1) / covering.prod(axis=1)
+    if not enlarge:
+        lost[(sizes < targets).any(axis=1)] = np.inf
+    return lost
 
 
 def _distinct(values: Sizes) -> tuple[Sizes, Sizes]:
