@@ -1,6 +1,7 @@
 """Measurements that anyone can repeat.
 
 `python tools/bench.py overhead`: what the trainer costs beside its arithmetic, and beside diffusers' training step.
+`python tools/bench.py startup`: `--help`, mistakes, and the way to the first update.
 `python tools/bench.py counts`: operations, allocations and waits of one update, beside those that are kept.
 `python tools/bench.py data`: how fast folders are indexed, ordered and cached, beside plain loops.
 """
@@ -22,6 +23,8 @@ def main() -> int:
     command.add_argument("--rounds", type=int, default=3, help="each figure is the median of so many")
     command.add_argument("--models", default="tiny,small", metavar="NAME,...")
     command.add_argument("--cases", default=",".join([*CASES, *BARE]), metavar="NAME,...")
+    command = commands.add_parser("startup", help="CPU time and memory until help, a mistake or an update is there")
+    command.add_argument("--rounds", type=int, default=3, help="each figure is the median of so many")
     command = commands.add_parser("counts", help="operations, allocations and waits of one update of each kind")
     command.add_argument("--write", action="store_true", help="keep them, as what the tests allow")
     command = commands.add_parser("data", help="images indexed, ordered and cached a second, beside plain loops")
@@ -33,6 +36,11 @@ def main() -> int:
         from bench_data import data_figures
 
         print(json.dumps(data_figures(given.images, given.rounds, not given.no_cache), indent=1))
+        return 0
+    if given.command == "startup":
+        from bench_startup import startup_figures
+
+        print(json.dumps(startup_figures(given.rounds), indent=1))
         return 0
     if given.command == "counts":
         from bench_counts import counts_command
