@@ -66,7 +66,6 @@ def draw_batch(
     """
     name = prompt.sampler or sampler
     pipeline: Any = family.pipeline(make_sampler(name, family.prediction, prompt.steps, family.zero_terminal_snr))
-    pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     assert family.latent is not None
     shape = family.latent.shape(prompt.width, prompt.height)

@@ -102,6 +102,7 @@ def make_updates(config: RunConfig, indexes: Indexes, seed: int, device: Device)
         world=device.world,
         last_epoch=None if training.max_train_epochs is None else training.max_train_epochs - 1,
         caption_variants=config.dataset.cache_caption_variants if caches_texts(config) else None,
+        pin=device.device.type == "cuda",
     )
     # The shape of the published models' latents; the loaded model's own takes its place.
     drawn = draw_function(draw_settings(config, seed), PUBLISHED_LATENT)

@@ -378,3 +378,20 @@ def test_captions_are_drawn_from_variants(tmp_path: Path) -> None:
     for variants, expected in ((None, 40), (3, 3)):
         found = read(updates_of([index], caption_variants=variants), 40)
         assert len({batch.captions[0] for _, (batch,) in found}) == expected
+
+
+def test_for_a_gpu_every_tensor_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    updates = updates_of([make_index([0] * 2, batch_size=2)], pin=True)
+    updates.texts = CaptionRows()
+    ((update, (batch,)),) = read(updates, 1)
+    assert facts(update, [batch]) == facts(*read(updates_of([make_index([0] * 2, batch_size=2)]), 1)[0])
+    fields = [batch.noise, batch.latent_noise, batch.timesteps, batch.weight]
+    rows = [*(batch.images or {}).values(), *(batch.texts or {}).values(), *batch.more_noise.values()]
+    assert {id(tensor) for tensor in (*fields, *rows)} == {id(tensor) for tensor in pinned}

@@ -358,3 +358,13 @@ def test_networks_shaped_as_ssd_1b_predict_and_get_loras() -> None:
         assert not any("middle_block_1" in target.key for target in targets)
     attention = {name for name, module in family.unet.named_modules() if name.endswith(("to_q", "to_out.0", "proj_in"))}
     assert attention <= {target.path for target in family.lora_targets("unet")}
+
+
+def test_the_pipeline_is_made_once(pair: Pair) -> None:
+    family = pair[1]
+    first, second = (make_sampler(name, family.prediction, 4, False) for name in ("ddim", "euler"))
+    made = family.pipeline(first)
+    assert made.scheduler is first
+    assert family.pipeline(second) is made
+    assert made.scheduler is second
+    assert made.unet is family.unet

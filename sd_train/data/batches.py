@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class BatchSettings:
     """The training's last epoch, where the bucket policy `carry` flushes what is left; None: nowhere."""
     caption_variants: int | None = None
     """Draw captions from so many versions of each, see `captions.sample_caption`."""
+    pin: bool = False
+    """Put batches into memory that a GPU copies from by itself; copies from other memory wait for it."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,9 @@ class Updates:
         index = self.indexes[task.slot.dataset]
         records = [index.record(row) for row in task.slot.records.tolist()]
         with _naming(records):
-            return self._batch(task, records)
+            batch = self._batch(task, records)
+        # In the threads that prepare ahead. PyTorch keeps such memory and hands it out again.
+        return _pinned(batch) if self.settings.pin else batch
 
     def _batch(self, task: _Task, records: list[ImageRecord]) -> Batch:
         settings, slot = self.settings, task.slot
@@ -265,6 +269,17 @@ class Updates:
             geometry=[view_geometry(record, view) for record, view in zip(records, views, strict=True)],
             micro=task.micro,
         )
+
+
+def _pinned(batch: Batch) -> Batch:
+    """`batch` in memory that is not swapped out."""
+
+    def pin(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: pin(each) for name, each in value.items()}
+        return value.pin_memory() if isinstance(value, torch.Tensor) else value
+
+    return replace(batch, **{each.name: pin(getattr(batch, each.name)) for each in fields(batch)})
 
 
 @contextmanager

@@ -76,6 +76,7 @@ class LatentDiffusion(ABC):
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         self.latent = LatentSpec(config["latent_channels"], factor, config["scaling_factor"])
         self.options = TextOptions()
+        self._pipeline: Any = None
 
     @abstractmethod
     def _text_encoder(self, role: str, network: Any) -> TextEncoder:
@@ -263,8 +264,16 @@ class LatentDiffusion(ABC):
         own = [encoder.tokenizer.added_words for encoder in self.text_encoders.values()]
         return f"{weights} {settings}" + (f" words {own}" if any(own) else "")
 
-    @abstractmethod
     def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
+        """diffusers' pipeline around our modules, always the same one, with another scheduler."""
+        if self._pipeline is None:
+            self._pipeline = self._make_pipeline(scheduler)
+            self._pipeline.set_progress_bar_config(disable=True)
+        self._pipeline.register_modules(scheduler=scheduler)
+        return self._pipeline
+
+    @abstractmethod
+    def _make_pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
         """diffusers' pipeline around our modules; it is given prompt embeddings, so it needs no text encoder."""
 
 

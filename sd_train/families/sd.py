@@ -48,8 +48,7 @@ class StableDiffusion(LatentDiffusion):
         """The caption and nothing else."""
         return Conditioning(texts["states"])
 
-    def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
-        """diffusers' pipeline around our modules; it is given prompt embeddings, so it needs no text encoder."""
+    def _make_pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
         from diffusers import StableDiffusionPipeline
 
         return StableDiffusionPipeline(

@@ -82,8 +82,7 @@ class StableDiffusionXL(LatentDiffusion):
             "negative_target_size": self._last(size, NEGATIVE_AESTHETIC_SCORE),
         }
 
-    def pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
-        """diffusers' pipeline around our modules; it is given prompt embeddings, so it needs no text encoder."""
+    def _make_pipeline(self, scheduler: SchedulerMixin) -> DiffusionPipeline:
         from diffusers import StableDiffusionXLPipeline
 
         return StableDiffusionXLPipeline(
