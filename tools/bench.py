@@ -1,6 +1,7 @@
 """Measurements that anyone can repeat.
 
 `python tools/bench.py overhead`: what the trainer costs beside its arithmetic, and beside diffusers' training step.
+`python tools/bench.py lora`: a LoRA's passes beside PEFT's and the bare formula.
 `python tools/bench.py startup`: `--help`, mistakes, and the way to the first update.
 `python tools/bench.py counts`: operations, allocations and waits of one update, beside those that are kept.
 `python tools/bench.py data`: how fast folders are indexed, ordered and cached, beside plain loops.
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
+from pathlib import Path
 
-from bench_overhead import BARE, CASES, overhead_figures
+from bench_overhead import BARE, CASES, make_model, overhead_figures
 
 
 def main() -> int:
@@ -23,6 +26,11 @@ def main() -> int:
     command.add_argument("--rounds", type=int, default=3, help="each figure is the median of so many")
     command.add_argument("--models", default="tiny,small", metavar="NAME,...")
     command.add_argument("--cases", default=",".join([*CASES, *BARE]), metavar="NAME,...")
+    command = commands.add_parser("lora", help="CPU time of a LoRA's passes, ours, PEFT's and the bare formula's")
+    command.add_argument("--models", default="tiny,small", metavar="NAME,...")
+    command.add_argument("--rank", type=int, default=4)
+    command.add_argument("--rounds", type=int, default=5, help="each figure is the median of so many")
+    command.add_argument("--times", type=int, default=10, help="passes in a round")
     command = commands.add_parser("startup", help="CPU time and memory until help, a mistake or an update is there")
     command.add_argument("--rounds", type=int, default=3, help="each figure is the median of so many")
     command = commands.add_parser("counts", help="operations, allocations and waits of one update of each kind")
@@ -36,6 +44,14 @@ def main() -> int:
         from bench_data import data_figures
 
         print(json.dumps(data_figures(given.images, given.rounds, not given.no_cache), indent=1))
+        return 0
+    if given.command == "lora":
+        from bench_lora import lora_figures
+
+        with tempfile.TemporaryDirectory() as folder:
+            models = {name: make_model(Path(folder), name) for name in given.models.split(",")}
+            found = {name: lora_figures(path, given.rank, given.rounds, given.times) for name, path in models.items()}
+        print(json.dumps(found, indent=1))
         return 0
     if given.command == "startup":
         from bench_startup import startup_figures
