@@ -1,7 +1,8 @@
 """What `tools/bench.py lora` measures: one U-Net with a LoRA on the same layers, ours, PEFT's, and as a bare formula.
 
 Forward and backward of a batch, CPU time of one thread; the four take turns, and each figure is the median of the
-rounds. Ours goes through its own attention, the others through the library's. `loss_difference`: the largest of a loss from the bare formula's with the same factors, relative to it.
+rounds. Ours goes through its own attention, the others through the library's. `loss_difference`: the largest of a loss
+from the bare formula's with the same factors, relative to it.
 """
 
 from __future__ import annotations
