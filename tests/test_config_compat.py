@@ -20,6 +20,7 @@ OURS = {
     "class_prompt", "log_norms_every_n_steps", "timestep_sampling", "soft_min_snr_gamma",
     "p2_gamma", "p2_k", "dream_training", "dream_detail_preservation", "save_best", "validation_patience",
     "validation_timesteps", "nan_policy", "loss_spike_factor", "max_rollbacks", "snapshot_every_n_steps", "preflight",
+    "torch_compile_scope",
 }  # fmt: skip
 # An empty optimizer_type means AdamW in sd-scripts; network_module must be given there.
 # What save_model_as is when it is not given depends on the command there too.
