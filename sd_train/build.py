@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sd_train.build_caches import fill_caches
-from sd_train.build_compile import compile_network
+from sd_train.build_compile import compile_network, prepare_compiler
 from sd_train.build_network import merge_base
 from sd_train.build_objective import denoise_settings
 from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
@@ -21,7 +21,6 @@ from sd_train.build_safety import make_safety, make_watch
 from sd_train.build_trainable import export_of, make_trainable
 from sd_train.build_validation import make_validation
 from sd_train.checkpoint import Checkpoint
-from sd_train.compiling import check_compiler
 from sd_train.config.changes import changed_options
 from sd_train.config.dump import dump_toml, repeatable
 from sd_train.config.options import RunConfig
@@ -89,7 +88,7 @@ def run(config: RunConfig, until: int | None = None) -> int:
         return 0
     quiet_libraries()
     if config.training.torch_compile:
-        check_compiler(config.training.dynamo_backend, prepared.device.device)
+        prepare_compiler(prepared)
     _probe_folders(prepared)
     try:
         return _train(prepared, say, warn, until)

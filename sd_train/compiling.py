@@ -30,6 +30,8 @@ _SPATIAL = {"BasicTransformerBlock": (0, 1), "ResnetBlock2D": (0, 2, 3), "UNet2D
 _MOST_GRAPHS = 64
 """Of one block class and width, above which the training ends: adapters with many different ranks have some."""
 
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
 
 @dataclass(frozen=True)
 class CompileSettings:
@@ -73,7 +75,11 @@ def check_compiler(backend: str, device: torch.device) -> None:
 
 def keep_programs(folder: Path) -> None:
     """Keep what is compiled below `folder` for later runs, unless the environment names another place."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # torch puts its own default there as soon as anything asks it for the folder.
+    if os.environ.get(_CACHE) in (None, "", default_cache_dir()):
+        os.environ[_CACHE] = str(folder)
 
 
 def compile_unet(unet: nn.Module, settings: CompileSettings) -> CompiledUnet:

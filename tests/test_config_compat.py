@@ -130,12 +130,6 @@ def test_real_values_of_unsupported_options_are_named(required: dict[str, object
         assert f": {known.name} = {REAL[known.kind]!r}: {rule}; {known.note}" in message
 
 
-def test_an_option_acts_beside_its_switch(required: dict[str, object]) -> None:
-    values: dict[str, object] = {"dynamo_backend": "eager", "torch_compile": True}
-    with pytest.raises(ConfigError, match=r"dynamo_backend = 'eager': is not yet supported"):
-        load_run_config("train_network", write(values | required))
-
-
 def test_options_without_effect_give_one_warning_each(required: dict[str, object]) -> None:
     values = {known.name: REAL[known.kind] for known in refusals("no_effect")}
     loaded = load_run_config("train_network", write(values | required))
