@@ -21,10 +21,14 @@ from torch import Tensor, nn
 from sd_train.device import free_memory, out_of_memory
 from sd_train.errors import ConfigError, RunError
 
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
-"""diffusers' classes of which a U-Net's levels are made."""
+BLOCKS = ("BasicTransformerBlock",)
+"""diffusers' classes of which a U-Net's levels are made, and whose graphs keep their sizes as symbols.
 
-_SPATIAL = {"BasicTransformerBlock": (0, 1), "ResnetBlock2D": (0, 2, 3), "UNet2DConditionModel": (0, 2, 3)}
+Not `ResnetBlock2D`: inductor fixes the strides of what a convolution keeps for the backward pass (PyTorch 2.13), so
+that there would be graphs for each bucket.
+"""
+
+_SPATIAL = {"BasicTransformerBlock": (0, 1), "UNet2DConditionModel": (0, 2, 3)}
 """Dimensions of the first argument that vary between batches: samples, and places or height and width."""
 
 _MOST_GRAPHS = 64
