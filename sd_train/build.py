@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sd_train.build_caches import fill_caches
+from sd_train.build_compile import compile_network, prepare_compiler
 from sd_train.build_network import merge_base
 from sd_train.build_objective import denoise_settings
 from sd_train.build_outputs import make_norms, make_report, make_uploader, open_hub
@@ -86,6 +87,8 @@ def run(config: RunConfig, until: int | None = None) -> int:
             show_dataset(prepared, say)
         return 0
     quiet_libraries()
+    if config.training.torch_compile:
+        prepare_compiler(prepared)
     _probe_folders(prepared)
     try:
         return _train(prepared, say, warn, until)
@@ -143,11 +146,13 @@ def _load_family(prepared: Prepared, trainable: Trainable) -> tuple[Family, str]
 def _use_xformers(prepared: Prepared, family: Family) -> None:
     """xformers' attention in the U-Net; without it, or on other devices, PyTorch's stays."""
     unet: Any = family.networks["unet"]
-    if prepared.device.device.type == "cuda" and importlib.util.find_spec("xformers") is not None:
+    compiled = prepared.config.training.torch_compile
+    if prepared.device.device.type == "cuda" and importlib.util.find_spec("xformers") is not None and not compiled:
         unet.enable_xformers_memory_efficient_attention()
     elif prepared.device.is_main:
         reason = "it works on NVIDIA GPUs only" if prepared.device.device.type != "cuda" else "it is not installed"
-        warn_line(f"--xformers has no effect: {reason} (pip install xformers); PyTorch's attention is used")
+        reason = "--torch_compile compiles PyTorch's" if compiled else f"{reason} (pip install xformers)"
+        warn_line(f"--xformers has no effect: {reason}; PyTorch's attention is used")
 
 
 def _install(prepared: Prepared, family: Family, trainable: Trainable) -> None:
@@ -158,6 +163,8 @@ def _install(prepared: Prepared, family: Family, trainable: Trainable) -> None:
         for role in family.networks:
             if role != "unet" and trainable.trains(role):
                 family.checkpoint_gradients(role)
+    if prepared.config.training.torch_compile:
+        compile_network(prepared, family)
 
 
 def _train(

@@ -38,6 +38,7 @@ LAYERS: dict[str, int] = {
     "families/*": 2,
     "trainables/*": 3,
     "objectives/*": 3,
+    "compiling.py": 3,
     "device.py": 3,
     "memory.py": 3,
     "kernels/*": 3,

@@ -131,7 +131,7 @@ def test_schema_describes_every_option() -> None:
     assert schema["properties"]["max_train_steps"]["minimum"] == 1
     assert schema["properties"]["mem_eff_attn"]["deprecated"] is True
     assert schema["properties"]["min_snr_gamma"]["exclusiveMinimum"] == 0
-    assert "torch_compile" not in schema["properties"]
+    assert "full_bf16" not in schema["properties"]
     section = schema["additionalProperties"]
     assert section["additionalProperties"] is False
     assert set(section["properties"]) == set(schema["properties"])

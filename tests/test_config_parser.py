@@ -61,7 +61,7 @@ class TestCommandLine:
     def test_all_problems_come_out_at_once(self) -> None:
         message = refused(
             *words("--max_train_stpes 3 --max_train 3 --seed abc --train_batch_size 0 --mixed_precision fp61"),
-            *words("--torch_compile --deepspeed --sample_every_n_steps 5 --output_name --cache_latents yes"),
+            *words("--full_bf16 --deepspeed --sample_every_n_steps 5 --output_name --cache_latents yes"),
             *words("--network_args conv_dim=x"),
         )
         for expected in (
@@ -70,7 +70,7 @@ class TestCommandLine:
             "--seed = 'abc': must be a whole number",
             "--train_batch_size = '0': must be a whole number >= 1",
             "did you mean fp16?",
-            "--torch_compile = True: is not yet supported",
+            "--full_bf16 = True: is not yet supported",
             "--deepspeed = True: is refused; use mixed_precision",
             "--sample_every_n_steps: there are no prompts",
             "--output_name: needs a value",
@@ -339,7 +339,7 @@ def test_help_lists_every_option_and_imports_nothing_heavy() -> None:
         assert expected in done.stdout
     for name, option in options().items():
         assert (f"\n  --{name}" in done.stdout) == option.belongs_to("train_network"), name
-    assert "--torch_compile" not in done.stdout
+    assert "--full_bf16" not in done.stdout
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@
 `python tools/bench.py startup`: `--help`, mistakes, and the way to the first update.
 `python tools/bench.py counts`: operations, allocations and waits of one update, beside those that are kept.
 `python tools/bench.py data`: how fast folders are indexed, ordered and cached, beside plain loops.
+`python tools/bench.py compile`: what `--torch_compile` costs and gives.
 """
 
 from __future__ import annotations
@@ -39,7 +40,15 @@ def main() -> int:
     command.add_argument("--images", type=int, default=100_000, help="files of the folder that is indexed")
     command.add_argument("--rounds", type=int, default=3, help="each figure is the best of so many")
     command.add_argument("--no_cache", action="store_true", help="leave the figures of the latents cache out")
+    command = commands.add_parser("compile", help="graphs, seconds and losses of --torch_compile beside the plain path")
+    command.add_argument("--scope", choices=("regional", "whole"), default="regional")
+    command.add_argument("--backend", choices=("inductor", "aot_eager", "eager"), default="inductor")
     given = parser.parse_args()
+    if given.command == "compile":
+        from bench_compile import compile_figures
+
+        print(json.dumps(compile_figures(given.scope, given.backend), indent=1))
+        return 0
     if given.command == "data":
         from bench_data import data_figures
 

@@ -74,7 +74,7 @@ _BY_OPTION: Mapping[str, str] = {
     "are, and fp16 finds its scale anew",
     "max_data_loader_n_workers": "nothing but how fast batches are prepared",
     **dict.fromkeys(("prior_loss_weight", "prior_preservation", "class_prompt"), _LOSS),
-    **dict.fromkeys(("sdpa", "xformers"), _ROUNDING),
+    **dict.fromkeys(("sdpa", "xformers", "torch_compile", "torch_compile_scope", "dynamo_backend"), _ROUNDING),
     "use_ema": "an average that was not kept begins with the weights as they stand, one that is not kept any more is "
     "lost",
     "ema_device": "nothing but where the average is kept",

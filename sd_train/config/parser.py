@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from sd_train import __version__
 from sd_train.config.catalogue import Option, is_unset, number_in, options
 from sd_train.config.compat import HANDLED_BY_PARSER, SHORTHANDS, SUBSTITUTES, known_options
+from sd_train.config.compile_rules import check_compile
 from sd_train.config.dump import dump_toml, non_default_names
 from sd_train.config.group import Group
 from sd_train.config.help import help_text
@@ -77,6 +78,7 @@ def load_run_config(command: str, argv: Sequence[str], checks: Mapping[str, Chec
     check_outputs(chosen, problems, warnings)
     check_objective(chosen, problems, warnings)
     check_safety(chosen, warnings)
+    check_compile(chosen, problems, warnings)
     if problems.found:
         for name, check in (checks or {}).items():
             if chosen.valid(name) and (wrong := check(valid[name])) is not None:
@@ -150,7 +152,8 @@ def _is_unset(name: str, value: object, merged: Mapping[str, Given]) -> bool:
     if name == "max_train_steps" and number_in(value, "int") == 0 and not isinstance(value, bool):
         epochs = merged.get("max_train_epochs")
         return epochs is not None and not is_unset(options()["max_train_epochs"], epochs.value)
-    return is_unset(option, value)
+    known = known_options().get(name)
+    return is_unset(option, value) or (known is not None and value in known.same_as_unset)
 
 
 def _without_unsupported(given: Mapping[str, Given], problems: Problems, warnings: list[str]) -> dict[str, Given]:

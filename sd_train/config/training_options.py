@@ -199,3 +199,14 @@ class TrainingOptions(Group):
     xformers: bool = Field(
         False, description="Use xformers' attention on NVIDIA GPUs if it is installed, else PyTorch's."
     )
+    torch_compile: bool = Field(
+        False, description="Compile the U-Net's computation for training steps (README: With every command)."
+    )
+    torch_compile_scope: Literal["regional", "whole"] = Field(
+        "regional", description="What is compiled: each kind of repeated block by itself, or the whole U-Net."
+    )
+    dynamo_backend: Annotated[
+        Literal["inductor", "aot_eager", "eager"],
+        Hint(later=("aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt", "tensort", "ipex",
+                    "tvm")),
+    ] = Field("inductor", description="What makes programs of the graphs; the others than inductor are for tests.")
