@@ -56,6 +56,11 @@ def _share(path: Path) -> None:
 
 
 def _umask() -> int:
+    # Linux tells it; elsewhere it has to be changed to be read, which other threads' files may notice.
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -18,21 +19,29 @@ from sd_train.files import write_whole
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+_LARGE = 1 << 20
+"""Bytes of a block that another thread is worth asking for."""
 _LEGACY = (0x100000, 0x110000)
 """The bytes of a file that the older of the two hashes of networks is made of."""
 
 
-def put_safetensors(path: Path, source: TensorSource, metadata: Mapping[str, str] | None = None) -> None:
+Take = Callable[[bytes | memoryview], None]
+"""Is given the bytes of a file, in their order."""
+
+
+def put_safetensors(
+    path: Path, source: TensorSource, metadata: Mapping[str, str] | None = None, take: Take | None = None
+) -> None:
     """Write `source` as a safetensors file (https://github.com/huggingface/safetensors#format).
 
     For use inside `write_whole` and `write_folder`. The same content gives the same bytes, those of the library's own
-    files but for the order of the metadata.
+    files but for the order of the metadata. `take` is given them too, as a digest needs them.
     """
     names = _in_order(source)
-    with path.open("wb") as file:
-        file.write(_head(source, names, metadata))
+    with path.open("wb") as file, _Taken(file, take or _nothing) as taken:
+        taken.write(_head(source, names, metadata))
         for name in names:
-            file.write(_bytes(source.read(name)))
+            taken.write(_bytes(source.read(name)))
 
 
 def write_tensors(
@@ -68,19 +77,48 @@ def write_network(path: Path, tensors: TensorSource | Mapping[str, Tensor], meta
             hashes = {"sshs_model_hash": digest.hexdigest(), "sshs_legacy_hash": legacy.digest.hexdigest()[:8]}
             return _head(source, names, {**metadata, **hashes})
 
-        with temporary.open("wb") as file:
+        def take(block: bytes | memoryview) -> None:
+            digest.update(block)
+            legacy.add(block)
+
+        with temporary.open("wb") as file, _Taken(file, take) as taken:
             file.write(head())
             for name in names:
-                block = _bytes(source.read(name))
-                file.write(block)
-                digest.update(block)
-                legacy.add(block)
-                # Not to be kept while the next one is read.
-                del block
+                taken.write(_bytes(source.read(name)))
             file.seek(0)
             file.write(head())
 
     write_whole(path, write)
+
+
+class _Taken:
+    """Writes to a file; what is written is also taken, large blocks in a thread while they are written."""
+
+    def __init__(self, file: BinaryIO, take: Take) -> None:
+        self._file, self._take = file, take
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> _Taken:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def write(self, block: bytes | memoryview) -> None:
+        """Write `block`; when this returns it is not used any more."""
+        if self._take is _nothing or len(block) < _LARGE:
+            self._file.write(block)
+            self._take(block)
+            return
+        taken = self._thread.submit(self._take, block)
+        try:
+            self._file.write(block)
+        finally:
+            taken.result()
+
+
+def _nothing(block: bytes | memoryview) -> None:
+    pass
 
 
 @dataclass
