@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +21,10 @@ from sd_train.files import write_whole
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: place for place, dtype in enumerate(DTYPES.values())}
-_LARGE = 1 << 20
-"""Bytes of a block that another thread is worth asking for."""
+_MOST_BEHIND = 16 << 20
+"""Bytes that may wait in memory to be taken."""
+_BEGUN_TOGETHER = 32 << 20
+"""Bytes that the disk is told to begin with."""
 _LEGACY = (0x100000, 0x110000)
 """The bytes of a file that the older of the two hashes of networks is made of."""
 
@@ -38,7 +42,7 @@ def put_safetensors(
     files but for the order of the metadata. `take` is given them too, as a digest needs them.
     """
     names = _in_order(source)
-    with path.open("wb") as file, _Taken(file, take or _nothing) as taken:
+    with path.open("wb") as file, _Taken(file, take) as taken:
         taken.write(_head(source, names, metadata))
         for name in names:
             taken.write(_bytes(source.read(name)))
@@ -81,10 +85,11 @@ def write_network(path: Path, tensors: TensorSource | Mapping[str, Tensor], meta
             digest.update(block)
             legacy.add(block)
 
-        with temporary.open("wb") as file, _Taken(file, take) as taken:
+        with temporary.open("wb") as file:
             file.write(head())
-            for name in names:
-                taken.write(_bytes(source.read(name)))
+            with _Taken(file, take) as taken:
+                for name in names:
+                    taken.write(_bytes(source.read(name)))
             file.seek(0)
             file.write(head())
 
@@ -92,33 +97,52 @@ def write_network(path: Path, tensors: TensorSource | Mapping[str, Tensor], meta
 
 
 class _Taken:
-    """Writes to a file; what is written is also taken, large blocks in a thread while they are written."""
+    """Writes to a file; what is written is also taken, in a thread while it is written. A context manager, after which
+    everything is taken."""
 
-    def __init__(self, file: BinaryIO, take: Take) -> None:
+    def __init__(self, file: BinaryIO, take: Take | None) -> None:
         self._file, self._take = file, take
         self._thread = ThreadPoolExecutor(1)
+        self._behind: deque[tuple[Future[None], int]] = deque()
+        """What is still to be taken, with its bytes."""
+        self._bytes_behind = 0
+        self._begun = 0
+        """How much of the file is on its way to the disk."""
 
     def __enter__(self) -> _Taken:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
+        try:
+            self._catch_up(0)
+        finally:
+            self._thread.shutdown()
 
     def write(self, block: bytes | memoryview) -> None:
-        """Write `block`; when this returns it is not used any more."""
-        if self._take is _nothing or len(block) < _LARGE:
-            self._file.write(block)
-            self._take(block)
-            return
-        taken = self._thread.submit(self._take, block)
-        try:
-            self._file.write(block)
-        finally:
+        """Write `block`, whose bytes must not change before everything is taken."""
+        if self._take is not None:
+            self._behind.append((self._thread.submit(self._take, block), len(block)))
+            self._bytes_behind += len(block)
+        self._file.write(block)
+        self._begin()
+        self._catch_up(_MOST_BEHIND)
+
+    def _catch_up(self, most: int) -> None:
+        """Wait until at most so many bytes are still to be taken."""
+        while self._bytes_behind > most:
+            taken, size = self._behind.popleft()
             taken.result()
+            self._bytes_behind -= size
 
+    def _begin(self) -> None:
+        """Let the disk begin with what it has been given, so that it works while the next blocks are taken.
 
-def _nothing(block: bytes | memoryview) -> None:
-    pass
+        Linux does that where it is told that nobody needs these bytes; elsewhere the disk begins when it is waited for.
+        """
+        place = self._file.tell()
+        if place - self._begun >= _BEGUN_TOGETHER and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), self._begun, place - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = place
 
 
 @dataclass
