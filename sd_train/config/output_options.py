@@ -54,8 +54,8 @@ class SavingOptions(Group):
         "(Ctrl-C gives up), or stop with exit code 4. Until then the training goes on, and saves when there is room.",
     )  # fmt: skip
     async_save: Literal["auto", "always", "never"] = Field(
-        "auto", description="Train on while files are written, from a copy in memory: where the copy takes at most 1 GiB "
-        "(auto), always, or never. The end of the run, and the next save, wait for them.",
+        "auto", description="Train on while files are written, from a copy in memory: where it takes at most 1 GiB "
+        "(auto), always, or never. The run's end and the next save wait for them.",
     )  # fmt: skip
     resume: str | None = Field(None, description="State folder to continue from, or: latest.")
     resume_anyway: Accepted = Field(

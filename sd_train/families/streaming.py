@@ -21,7 +21,7 @@ from sd_train.files import write_whole
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: place for place, dtype in enumerate(DTYPES.values())}
-_MOST_BEHIND = 16 << 20
+_MOST_BEHIND = 8 << 20
 """Bytes that may wait in memory to be taken."""
 _BEGUN_TOGETHER = 32 << 20
 """Bytes that the disk is told to begin with."""
