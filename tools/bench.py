@@ -2,6 +2,7 @@
 
 `python tools/bench.py overhead`: what the trainer costs beside its arithmetic.
 `python tools/bench.py data`: how fast folders are indexed, ordered and cached, beside plain loops.
+`python tools/bench.py save`: how long a training stands still for a save, and what that takes beside a plain write.
 """
 
 from __future__ import annotations
@@ -126,7 +127,15 @@ def main() -> int:
     command.add_argument("--images", type=int, default=100_000, help="files of the folder that is indexed")
     command.add_argument("--rounds", type=int, default=3, help="each figure is the best of so many")
     command.add_argument("--no_cache", action="store_true", help="leave the figures of the latents cache out")
+    command = commands.add_parser("save", help="the stall of a save and its time beside a plain write, in this folder")
+    command.add_argument("--megabytes", type=int, default=1024, help="of a state: weights and what AdamW keeps")
+    command.add_argument("--rounds", type=int, default=5, help="the figures are medians of so many")
     given = parser.parse_args()
+    if given.command == "save":
+        from bench_stall import stall_figures
+
+        print(json.dumps(stall_figures(given.megabytes, given.rounds), indent=1))
+        return 0
     if given.command == "data":
         from bench_data import data_figures
 
