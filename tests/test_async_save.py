@@ -213,10 +213,15 @@ def test_work_is_done_in_order_and_told_by_whoever_asks() -> None:
 
 def test_what_breaks_the_training_is_what_is_shown(tmp_path: Path) -> None:
     told = list[Exception | None]()
-    with pytest.raises(ValueError, match="the training's"), Beside() as beside:
-        beside.add(lambda: write_text(tmp_path / "a.txt", "whole"), told.append)
-        beside.add(lambda: write_text(tmp_path / "a.txt" / "b.txt", "no folder"), told.append)
-        raise ValueError("the training's")
+
+    def training() -> None:
+        with Beside() as beside:
+            beside.add(lambda: write_text(tmp_path / "a.txt", "whole"), told.append)
+            beside.add(lambda: write_text(tmp_path / "a.txt" / "b.txt", "no folder"), told.append)
+            raise ValueError("the training's")
+
+    with pytest.raises(ValueError, match="the training's"):
+        training()
     assert told[0] is None
     assert isinstance(told[1], DiskError)
     assert (tmp_path / "a.txt").read_text() == "whole"
@@ -231,11 +236,15 @@ def test_ctrl_c_ends_the_work_and_what_waits_for_it(tmp_path: Path) -> None:
         while True:
             time.sleep(0.001)
 
-    with pytest.raises(KeyboardInterrupt), Beside() as beside:
-        beside.add(lambda: write_folder(tmp_path / "state", endless), told.append)
-        beside.add(lambda: write_text(tmp_path / "a.txt", ""), told.append)
-        assert begun.wait(PATIENCE)
-        raise KeyboardInterrupt
+    def training() -> None:
+        with Beside() as beside:
+            beside.add(lambda: write_folder(tmp_path / "state", endless), told.append)
+            beside.add(lambda: write_text(tmp_path / "a.txt", ""), told.append)
+            assert begun.wait(PATIENCE)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training()
     assert list(tmp_path.iterdir()) == []
     assert told == []
 

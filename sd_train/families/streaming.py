@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sd_train.families.sources import DTYPES, DictSource, TensorSource
-from sd_train.files import write_whole
+from sd_train.files import begin_writing, write_whole
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {dtype: place for place, dtype in enumerate(DTYPES.values())}
@@ -135,13 +134,9 @@ class _Taken:
             self._bytes_behind -= size
 
     def _begin(self) -> None:
-        """Let the disk begin with what it has been given, so that it works while the next blocks are taken.
-
-        Linux does that where it is told that nobody needs these bytes; elsewhere the disk begins when it is waited for.
-        """
         place = self._file.tell()
-        if place - self._begun >= _BEGUN_TOGETHER and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), self._begun, place - self._begun, os.POSIX_FADV_DONTNEED)
+        if place - self._begun >= _BEGUN_TOGETHER:
+            begin_writing(self._file, self._begun, place - self._begun)
             self._begun = place
 
 
