@@ -315,3 +315,12 @@ def test_hashes_are_of_the_bytes_on_disk(tmp_path: Path) -> None:
     save_state(tmp_path / "a-state", Progress(0, 0, 0.0), parts)
     files = read_manifest(tmp_path / "a-state")["files"]
     assert all(re.fullmatch("[0-9a-f]{64}", facts["sha256"]) for facts in files.values())
+
+
+def test_the_benchmark_compares_what_it_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools.bench_stall import stall_figures
+
+    monkeypatch.chdir(tmp_path)
+    figures = stall_figures(1, 1)
+    assert figures["equal_to_the_bit"] is True
+    assert list(tmp_path.iterdir()) == []

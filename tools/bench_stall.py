@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,24 +143,27 @@ def rounds(megabytes: int, count: int, place: Path) -> Iterator[tuple[float, Spe
         yield plain, spent[0], spent[1], left[0] == left[1] and len(left[0]) == 6
 
 
+def _median(values: list[float]) -> float:
+    return round(statistics.median(values), 3)
+
+
 def stall_figures(megabytes: int, count: int) -> dict[str, float | bool | list[float]]:
     """The figures of `count` rounds after a first one, in which the memory of the copies is new; medians."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         first, *found = rounds(megabytes, count + 1, Path(folder))
-    median: Callable[[list[float]], float] = lambda values: round(statistics.median(values), 3)  # noqa: E731
     return {
         "state_mb": megabytes,
-        "plain_write_s": median([plain for plain, *_ in found]),
-        "waits_s": median([waits.total for _, waits, *_ in found]),
-        "waits_cpu_s": median([waits.total_cpu for _, waits, *_ in found]),
-        "waits_over_plain": median([waits.total / plain for plain, waits, *_ in found]),
-        "beside_s": median([beside.total for *_, beside, _ in found]),
-        "beside_cpu_s": median([beside.total_cpu for *_, beside, _ in found]),
-        "beside_over_plain": median([beside.total / plain for plain, _, beside, _ in found]),
-        "stall_s": median([beside.stall for *_, beside, _ in found]),
-        "stall_cpu_s": median([beside.stall_cpu for *_, beside, _ in found]),
-        "stall_over_write": median([beside.stall / beside.total for *_, beside, _ in found]),
-        "stall_over_write_cpu": median([beside.stall_cpu / beside.total_cpu for *_, beside, _ in found]),
+        "plain_write_s": _median([plain for plain, *_ in found]),
+        "waits_s": _median([waits.total for _, waits, *_ in found]),
+        "waits_cpu_s": _median([waits.total_cpu for _, waits, *_ in found]),
+        "waits_over_plain": _median([waits.total / plain for plain, waits, *_ in found]),
+        "beside_s": _median([beside.total for *_, beside, _ in found]),
+        "beside_cpu_s": _median([beside.total_cpu for *_, beside, _ in found]),
+        "beside_over_plain": _median([beside.total / plain for plain, _, beside, _ in found]),
+        "stall_s": _median([beside.stall for *_, beside, _ in found]),
+        "stall_cpu_s": _median([beside.stall_cpu for *_, beside, _ in found]),
+        "stall_over_write": _median([beside.stall / beside.total for *_, beside, _ in found]),
+        "stall_over_write_cpu": _median([beside.stall_cpu / beside.total_cpu for *_, beside, _ in found]),
         "first_stall_over_write": round(first[2].stall / first[2].total, 3),
         "equal_to_the_bit": all(equal for *_, equal in (first, *found)),
         "plain_writes": [round(plain, 2) for plain, *_ in found],
