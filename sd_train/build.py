@@ -226,7 +226,7 @@ def _train(
         write_text(prepared.names.config, parts.config_text)
     control = _make_control(prepared, report)
     agree = device.any if device.world > 1 else None
-    with uploader or nullcontext(), report, Guard(agree) as guard:
+    with uploader or nullcontext(), report, Guard(agree) as guard, checkpoint:
         checkpoint.stopping = lambda: guard.stop_requested
         training = Training(
             progress, plan.total_steps, prepared.updates, objective, trainable, groups, schedule, updater, parts.ema,
@@ -305,6 +305,7 @@ def _make_checkpoint(
         retention,
         share=prepared.device.shared if prepared.device.world > 1 else None,
         on_disk_full=config.saving.on_disk_full,
+        async_save=config.saving.async_save,
         model_bytes=sizes(prepared)[1] or 0,
     )
 

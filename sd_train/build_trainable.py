@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sd_train.checkpoint import Export, diffusers_lora, save_own
 from sd_train.config.options import RunConfig
 from sd_train.device import DTYPES
 from sd_train.families.base import Family
 from sd_train.objectives.prior import Prior
 from sd_train.plan import Prepared
+from sd_train.save_forms import Export, diffusers_lora, save_own
 from sd_train.trainables.base import Trainable
 
 

@@ -5,27 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from sd_train.beside import Beside
+from sd_train.device import out_of_memory
 from sd_train.errors import DiskError, RunError
-from sd_train.families.sources import CastSource, DictSource
-from sd_train.families.streaming import write_tensors
 from sd_train.files import size_of
 from sd_train.guard import ASK_OTHERS_EVERY
-from sd_train.lora_files.writing import to_diffusers
 from sd_train.names import FileNames, Moment
 from sd_train.optim.inference import InferenceWeights
 from sd_train.report import Report
 from sd_train.retention import Retention
 from sd_train.room import OnDiskFull, Room
+from sd_train.save_copy import MOST_COPIED, AsyncSave, CopyMemory, SaveCopy, copied_bytes
+from sd_train.save_forms import Export, save_own
 from sd_train.snapshot import all_finite
-from sd_train.state import StateParts, order_of, save_state, state_bytes
-from sd_train.trainables.base import Trainable
+from sd_train.state import StateParts, order_of, save_state, state_bytes, write_state
 from sd_train.types import Progress
 
 logger = logging.getLogger(__name__)
@@ -33,28 +31,8 @@ logger = logging.getLogger(__name__)
 _MOST_FAILURES = 3
 """Tries of the last save where the disk refuses for another reason than that it is full."""
 
-Export = Callable[[Trainable, Path, Mapping[str, str], Mapping[str, Tensor] | None], None]
-"""Writes a trainable's weights, or other tensors of the same names, with metadata."""
-
-
-def save_own(
-    trainable: Trainable, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None
-) -> None:
-    """In the trainable's own format."""
-    trainable.save(path, metadata, tensors)
-
-
-def diffusers_lora(family: str, dtype: torch.dtype) -> Export:
-    """As diffusers' (PEFT's) LoRA of a model of `family`, in `dtype`."""
-
-    def save(
-        trainable: Trainable, path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor] | None
-    ) -> None:
-        content = to_diffusers(trainable.tensors() if tensors is None else tensors, family, metadata)
-        written = CastSource(DictSource(content.tensors), dtype)
-        write_tensors(path, written, {**metadata, **content.metadata})
-
-    return save
+Ended = Callable[[DiskError | None], None]
+"""Told that a save is whole, or why the disk has refused it."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +86,8 @@ class Checkpoint:
     """What the end of the training does."""
     model_bytes: int = 0
     """Of a saved file, as far as is known before the first."""
+    async_save: AsyncSave = "never"
+    """Whether saves are written beside the training; "auto": where the copy has at most `MOST_COPIED` bytes."""
     stopping: Callable[[], bool] = lambda: False
     """Whether somebody asks for the end, as with Ctrl-C."""
     last_saved: float | None = field(default=None, init=False)
@@ -132,6 +112,8 @@ class Checkpoint:
             self.last_saved = now
         wanted = minutes is not None and now - self.last_saved >= 60 * minutes
         wanted = wanted or (self._owed is not None and self.room.may_try(self._needed(self._owed)))
+        # What is being written may be what is wanted.
+        wanted = wanted and not self._beside.busy
         if self.share is None:
             return wanted
         return step % ASK_OTHERS_EVERY == 0 and bool(self.share(int(wanted)))
@@ -140,40 +122,144 @@ class Checkpoint:
         self.room = Room(self.names.folder, self.clock)
         self._owed: bool | None = None
         """Whether the save that the disk has refused has a state; None: none is owed."""
+        self._beside, self._memory = Beside(), CopyMemory()
+        self._copy: SaveCopy | None = None
+
+    def __enter__(self) -> Checkpoint:
+        self._beside.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._beside.__exit__(kind, *rest)
 
     def __call__(self, progress: Progress) -> None:
         """Save where it is due, then delete what is old."""
         due = self.due(progress)
         if not self.is_main:
             return
+        self._beside.collect()
         # A state that the disk has refused is made good with whatever is saved next.
         state = self.intervals.state or bool(self._owed)
         for moment in due:
-            if self._try(self.names.stem(moment), progress, state=state):
-                self.last_saved = self.clock()
-                if gone := self.retention.delete(self.names, moment, logger.warning, state):
-                    self.report.message(f"deleted {', '.join(path.name for path in gone)}")
+            self._try(self.names.stem(moment), progress, state, moment)
 
-    def _try(self, stem: str, progress: Progress, *, state: bool) -> bool:
-        """Save, if the disk lets us; a refusal is told once and remembered."""
-        try:
-            self.save(stem, progress, state=state)
-        except DiskError as problem:
+    def _try(self, stem: str, progress: Progress, state: bool, moment: Moment | None = None) -> None:
+        """Save, if the disk lets us; a refusal is told once and remembered. `moment`: when that was due."""
+        step = progress.step
+
+        def ended(problem: DiskError | None) -> None:
+            if problem is None:
+                self._owed = None if state or not self._owed else self._owed
+                self.last_saved = self.last_saved if moment is None else self.clock()
+                return
             if self._owed is None:
                 logger.warning(
                     "%s\n  not saved after update %d; the training goes on, and saves as soon as there is room",
-                    problem, progress.step,
+                    problem, step,
                 )  # fmt: skip
             self._owed = state or bool(self._owed)
-            return False
-        self._owed = None if state or not self._owed else self._owed
-        return True
+
+        self._begin(stem, progress, state, moment, ended)
+
+    def _begin(self, stem: str, progress: Progress, state: bool, moment: Moment | None, ended: Ended) -> None:
+        """Save, beside the training where that is chosen; `ended` is then told after a later update.
+
+        Raises:
+            RunError: if the weights are not finite.
+        """
+        if not self.is_main:
+            return
+        try:
+            copy = self._copied(stem, progress, state)
+            if copy is None:
+                self.save(stem, progress, state=state)
+        except DiskError as problem:
+            ended(problem)
+            return
+        if copy is None:
+            self._delete_old(moment, state)
+            ended(None)
+            return
+        told, saved = self.metadata(progress), list[tuple[list[Path], Path | None]]()
+        put_state = partial(write_state, content=copy.state) if state and copy.state else None
+
+        def work() -> None:
+            copy.ready()
+            saved.append(self._refusable(lambda: self._write(stem, told, copy, put_state)))
+            self._tell(*saved[0])
+            self._delete_old(moment, state)
+
+        def over(problem: Exception | None) -> None:
+            if problem is not None and not isinstance(problem, DiskError):
+                raise problem
+            if problem is None:
+                self._upload(*saved[0])
+            ended(problem)
+
+        self._beside.add(work, over)
+
+    def _copied(self, stem: str, progress: Progress, state: bool) -> SaveCopy | None:
+        """A copy to write; None where the training is to wait for the save. What was saved earlier is whole then.
+
+        Raises:
+            RunError: as `save`.
+            DiskError: if there is no room.
+        """
+        chosen = self.async_save
+        if chosen == "never" or (chosen == "auto" and copied_bytes(self.parts, state) > MOST_COPIED):
+            self._beside.settle()
+            return None
+        with self.report.untimed():
+            # What is saved after the same update is written from the same copy.
+            if not self._beside.busy or self._copy is None or self._copy.step != progress.step:
+                self._beside.settle()
+                self._copy = None
+            self._check(stem, progress, state)
+            try:
+                copy = self._copy or self._memory.take(self.parts, progress)
+                if state and copy.state is None:
+                    copy = self._memory.with_state(copy, self.parts, progress)
+            except (RuntimeError, MemoryError) as problem:
+                if not out_of_memory(problem):
+                    raise
+                self._without_copies()
+                return None
+            self._copy = copy
+        return copy
+
+    def _without_copies(self) -> None:
+        """There is no memory for them: from here on the training waits for its saves."""
+        self._beside.settle()
+        self._copy, self.async_save = None, "never"
+        self._memory.free()
+        logger.warning("no memory for a copy of what is saved: the training waits for its saves (--async_save never)")
+
+    def _delete_old(self, moment: Moment | None, state: bool) -> None:
+        """Delete what the save of `moment`, which is whole, has made old."""
+        if moment is not None and (gone := self.retention.delete(self.names, moment, logger.warning, state)):
+            self.report.message(f"deleted {', '.join(path.name for path in gone)}")
 
     def _needed(self, state: bool) -> int:
         """Bytes of a save."""
         parts = self.parts
         model = self.model_bytes or sum(tensor.nbytes for tensor in parts.trainable.tensors().values())
         return model * (1 if parts.ema is None else 2) + (state_bytes(parts) if state else 0)
+
+    def _check(self, stem: str, progress: Progress, state: bool) -> None:
+        """Raise before a byte is written if this save is not to be.
+
+        Raises:
+            RunError: if the weights are not finite.
+            DiskError: if there is no room.
+        """
+        path = self.names.model(stem)
+        average = {} if self.parts.ema is None else self.parts.ema.tensors
+        if not all_finite([*self.parts.trainable.tensors().values(), *average.values()]):
+            raise RunError(
+                f"{path}: not written, the weights at step {progress.step} are not finite; go back to an earlier save "
+                "and use a lower learning rate"
+            )
+        self.room.check(path, self._needed(state))
 
     def save(self, stem: str, progress: Progress, *, state: bool) -> None:
         """Write the model file, and a state if asked.
@@ -184,24 +270,28 @@ class Checkpoint:
         """
         if not self.is_main:
             return
-        path = self.names.model(stem)
-        average = {} if self.parts.ema is None else self.parts.ema.tensors
-        if not all_finite([*self.parts.trainable.tensors().values(), *average.values()]):
-            raise RunError(
-                f"{path}: not written, the weights at step {progress.step} are not finite; go back to an earlier save "
-                "and use a lower learning rate"
-            )
-        self.room.check(path, self._needed(state))
+        self._beside.settle()
+        self._check(stem, progress, state)
         with self.report.untimed():
-            try:
-                models, written = self.write(stem, progress, state=state)
-            except DiskError:
-                self.room.refused()
-                raise
-        self.report.message(f"saved {' and '.join(map(str, [*models, *([written] if written else [])]))}")
+            saved = self._refusable(lambda: self.write(stem, progress, state=state))
+        self._tell(*saved)
+        self._upload(*saved)
+
+    def _refusable(self, write: Callable[[], tuple[list[Path], Path | None]]) -> tuple[list[Path], Path | None]:
+        """What `write` gives; where the disk refuses, it is not asked again at once."""
+        try:
+            return write()
+        except DiskError:
+            self.room.refused()
+            raise
+
+    def _tell(self, models: Sequence[Path], state: Path | None) -> None:
+        self.report.message(f"saved {' and '.join(map(str, [*models, *([state] if state else [])]))}")
+
+    def _upload(self, models: Sequence[Path], state: Path | None) -> None:
         if self.saved is not None:
             with self.report.untimed():
-                self.saved(models, written)
+                self.saved(models, state)
 
     def write(self, stem: str, progress: Progress, *, state: bool) -> tuple[list[Path], Path | None]:
         """Write what a save has; the models' files, and the state's folder.
@@ -209,32 +299,43 @@ class Checkpoint:
         Raises:
             DiskError: if the disk refuses.
         """
-        ema, told = self.parts.ema, self.metadata(progress)
+        parts = self.parts
+        put_state = (lambda path: save_state(path, progress, parts)) if state else None
+        return self._write(stem, self.metadata(progress), None, put_state)
+
+    def _write(
+        self, stem: str, told: Mapping[str, str], copy: SaveCopy | None, put_state: Callable[[Path], None] | None
+    ) -> tuple[list[Path], Path | None]:
+        """Write a copy, or what lives; `told`: the files' metadata."""
+        ema = self.parts.ema
         models = [self.names.model(stem), *([self.names.average(stem)] if ema else [])]
-        with InferenceWeights(self.parts.trainable, self.parts.optimizer).for_inference():
-            self.export(self.parts.trainable, models[0], told, None)
+        weights = InferenceWeights(self.parts.trainable, self.parts.optimizer)
+        with weights.for_inference() if copy is None else nullcontext():
+            self.export(self.parts.trainable, models[0], told, None if copy is None else copy.weights)
             if ema is not None:
                 average = {**told, "ss_ema_decay": str(ema.decay)}
-                self.export(self.parts.trainable, models[1], average, ema.tensors)
+                self.export(self.parts.trainable, models[1], average, ema.tensors if copy is None else copy.average)
         with suppress(OSError):
             self.model_bytes = size_of(models[0])
-        if not state:
+        if put_state is None:
             return models, None
         written = self.names.state(stem)
-        save_state(written, progress, self.parts)
+        put_state(written)
         return models, written
 
     def now(self, progress: Progress) -> None:
         """A model file and a state, because somebody asks for them."""
-        self._try(self.names.at_step(progress.step), progress, state=True)
+        self._try(self.names.at_step(progress.step), progress, True)
 
     def best(self, progress: Progress) -> None:
         """The file of the lowest validation loss, in place of the one before; states belong to the regular saves."""
-        try:
-            self.save(self.names.best, progress, state=False)
-        except DiskError as problem:
-            # Later weights would not be the best ones.
-            logger.warning("%s\n  the best weights so far are not saved; the training goes on", problem)
+
+        def ended(problem: DiskError | None) -> None:
+            if problem is not None:
+                # Later weights would not be the best ones.
+                logger.warning("%s\n  the best weights so far are not saved; the training goes on", problem)
+
+        self._begin(self.names.best, progress, False, None, ended)
 
     def finish(self, progress: Progress) -> None:
         """The final file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import time
@@ -157,31 +158,55 @@ def _as_it_was(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, 
             loaded[key] = buffer.copy_(loaded[key])
 
 
-def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
-    """Write a state folder; the manifest with sizes and hashes seals it."""
+@dataclass(frozen=True)
+class StateContent:
+    """What a state's files are made of."""
+
+    step: int
+    base_model: str
+    tables: Mapping[str, Mapping[str, Tensor]]
+    """By the name of their file, without its ending."""
+    texts: Mapping[str, str]
+    """By the name of their file."""
+
+
+def state_content(progress: Progress, parts: StateParts) -> StateContent:
+    """The state as it stands: texts of this moment, and the live tensors."""
     tensors, plain = optimizer_state(parts)
     extras = {name: read() for name, (read, _) in parts.extras.items()}
+    tables: dict[str, Mapping[str, Tensor]] = {"trainable": parts.trainable.tensors(), "optimizer": tensors}
+    if parts.ema is not None:
+        tables["ema"] = parts.ema.tensors
+    texts = {
+        "optimizer.json": json.dumps(plain),
+        "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),
+        "config.toml": parts.config_text,
+    }
+    return StateContent(progress.step, parts.base_model, tables, texts)
+
+
+def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
+    """Write a state folder; the manifest with sizes and hashes seals it."""
+    write_state(path, state_content(progress, parts))
+
+
+def write_state(path: Path, content: StateContent) -> None:
+    """Write `content` as a sealed state folder."""
 
     def fill(folder: Path) -> None:
-        tables = {"trainable": parts.trainable.tensors(), "optimizer": tensors}
-        if parts.ema is not None:
-            tables["ema"] = parts.ema.tensors
-        for name, table in tables.items():
-            put_table(folder / f"{name}.safetensors", table)
-        texts = {
-            "optimizer.json": json.dumps(plain),
-            "progress.json": json.dumps({"progress": asdict(progress), "extras": extras}),
-            "config.toml": parts.config_text,
-        }
-        for name, text in texts.items():
-            (folder / name).write_bytes(text.encode())
-        files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
+        digests = {f"{name}.safetensors": put_table(folder / f"{name}.safetensors", table)
+                   for name, table in content.tables.items()}  # fmt: skip
+        for name, text in content.texts.items():
+            data = text.encode()
+            (folder / name).write_bytes(data)
+            digests[name] = hashlib.sha256(data).hexdigest()
+        files = {name: {"size": (folder / name).stat().st_size, "sha256": digests[name]} for name in sorted(digests)}
         manifest = {
             "format": FORMAT,
-            "step": progress.step,
+            "step": content.step,
             "save": 1 + max((order_of(other)[0] for other in path.parent.glob("*-state")), default=0),
             "saved_at": time.time(),
-            "base_model": parts.base_model,
+            "base_model": content.base_model,
             "files": files,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

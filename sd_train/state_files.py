@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,19 +19,29 @@ _SHARED = "shared"
 """Entry of a table's metadata: name -> the one under which the same memory is written."""
 
 
-def put_table(path: Path, table: Mapping[str, Tensor]) -> None:
-    """Write `table`; tensors that are the same memory are written once, under the first of their names."""
+def place_of(tensor: Tensor) -> object:
+    """What tensors that are the same memory have in common; without numbers there is no memory to share."""
+    if not tensor.numel():
+        return object()
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def put_table(path: Path, table: Mapping[str, Tensor]) -> str:
+    """Write `table`; tensors that are the same memory are written once, under the first of their names.
+
+    Returns the SHA-256 of the file's bytes, as hexadecimal digits.
+    """
     first: dict[object, str] = {}
     shared: dict[str, str] = {}
     for name, tensor in table.items():
-        # Without numbers there is no memory to share.
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
-        owner = first.setdefault(place if tensor.numel() else name, name)
+        owner = first.setdefault(place_of(tensor), name)
         if owner != name:
             shared[name] = owner
     kept = {name: tensor for name, tensor in table.items() if name not in shared}
     # Tensor by tensor: beside a whole model there may be no room for its state twice.
-    put_safetensors(path, DictSource(kept), {_SHARED: json.dumps(shared)} if shared else None)
+    digest = hashlib.sha256()
+    put_safetensors(path, DictSource(kept), {_SHARED: json.dumps(shared)} if shared else None, digest.update)
+    return digest.hexdigest()
 
 
 def read_table(path: Path) -> dict[str, Tensor]:

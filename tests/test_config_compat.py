@@ -13,7 +13,8 @@ from sd_train.errors import ConfigError
 
 NAMES = (Path(__file__).parent / "data" / "config_sd_scripts_names.txt").read_text(encoding="utf-8").split()
 OURS = {
-    "allow_missing_captions", "bucket_policy", "cache_caption_variants", "cache_dir", "cache_latents_sample",
+    "allow_missing_captions", "async_save", "bucket_policy", "cache_caption_variants", "cache_dir",
+    "cache_latents_sample",
     "caption_column", "output_lora_format", "overwrite", "resume_anyway", "on_disk_full",
     "save_every_n_minutes", "sdxl", "skip_broken_images", "trust_index",
     "unmasked_weight", "verify_images", "use_ema", "ema_decay", "ema_device", "sample_ema", "xti", "prior_preservation",

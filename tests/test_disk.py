@@ -19,7 +19,8 @@ from sd_train.types import Progress
 from tests.runs import differences, words, write_dataset
 
 Usage = namedtuple("Usage", "total used free")
-RUN = "--max_train_steps 4 --train_batch_size 2 --save_every_n_steps 2 --save_state --network_train_unet_only"
+RUN = "--max_train_steps 4 --train_batch_size 2 --save_every_n_steps 2 --save_state --network_train_unet_only "
+RUN += "--async_save never"
 
 
 class Disk:

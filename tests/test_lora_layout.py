@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sd_train.build_network import merge_base
-from sd_train.checkpoint import diffusers_lora, save_own
 from sd_train.config.parser import load_run_config
 from sd_train.demo.tiny_model import TinyKind, make_tiny_parts, tiny_configs
 from sd_train.families.latent import LatentDiffusion
@@ -22,6 +21,7 @@ from sd_train.lora_files.checking import check
 from sd_train.lora_files.reading import lora_from_tensors, open_lora
 from sd_train.plan import prepare
 from sd_train.plan_network import lora_layout, network_sizes
+from sd_train.save_forms import diffusers_lora, save_own
 from sd_train.trainables.lora import Lora, LoraSettings
 from sd_train.trainables.lora_layout import BlockSize, Layout, Size, block_number
 from sd_train.trainables.lora_module import LoraModule

@@ -11,6 +11,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,8 +25,8 @@ Action = Literal["kill", "term", "int", "int twice", "no room", "bad disk"]
 
 PACKAGE = Path(sd_train.__file__).parent
 SAVING = (
-    "checkpoint.py", "files.py", "names.py", "retention.py", "room.py", "state.py", "trainables/files.py",
-    "families/streaming.py", "families/layout_folder.py",
+    "checkpoint.py", "files.py", "names.py", "retention.py", "room.py", "save_copy.py", "state.py",
+    "trainables/files.py", "families/streaming.py", "families/layout_folder.py",
 )  # fmt: skip
 """The modules whose lines are places."""
 
@@ -66,10 +67,13 @@ class Faults:
     _saving: int = 0
     _refusing: int = 0
     _again: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """What is saved beside the training passes places too."""
 
     def install(self) -> None:
         """From here on; there is no way back."""
         from sd_train import build, room
+        from sd_train.beside import Beside
         from sd_train.checkpoint import Checkpoint
         from sd_train.device import Updater
         from sd_train.names import FileNames
@@ -90,11 +94,12 @@ class Faults:
         self._wrap(Progress, "advance", self._advancing)
         watched: list[tuple[Any, str]] = [
             (Checkpoint, "__call__"), (Checkpoint, "finish"), (Checkpoint, "interrupted"), (FileNames, "tidy"),
-            (FileNames, "remove_existing"), (build, "write_text"),
+            (FileNames, "remove_existing"), (build, "write_text"), (Beside, "_do"),
         ]  # fmt: skip
         for owner, name in watched:
             self._wrap(owner, name, self._watching)
-        self._wrap(Checkpoint, "save", self._in_save)
+        for owner, name in ((Checkpoint, "save"), (Beside, "_do")):
+            self._wrap(owner, name, self._in_save)
         for name in ("fsync", "replace", "mkdir"):
             self._wrap(os, name, self._refusable)
         self._wrap(os, "replace", self._journaled)
@@ -129,11 +134,13 @@ class Faults:
             sys.settrace(outer)
 
     def _in_save(self, function: Callable[..., Any], name: str, *arguments: Any, **named: Any) -> Any:
-        self._saving += 1
+        with self._lock:
+            self._saving += 1
         try:
             return function(*arguments, **named)
         finally:
-            self._saving -= 1
+            with self._lock:
+                self._saving -= 1
 
     def _refusable(self, function: Callable[..., Any], name: str, *arguments: Any, **named: Any) -> Any:
         if self._refusing:

@@ -53,6 +53,10 @@ class SavingOptions(Group):
         "wait", description="What the end of the training does where its files find no room: wait until there is some "
         "(Ctrl-C gives up), or stop with exit code 4. Until then the training goes on, and saves when there is room.",
     )  # fmt: skip
+    async_save: Literal["auto", "always", "never"] = Field(
+        "auto", description="Train on while files are written, from a copy in memory: where it takes at most 1 GiB "
+        "(auto), always, or never. The run's end and the next save wait for them.",
+    )  # fmt: skip
     resume: str | None = Field(None, description="State folder to continue from, or: latest.")
     resume_anyway: Accepted = Field(
         (), description="Go on although these differ from what the state is of: " + ", ".join(FACTS) + "."

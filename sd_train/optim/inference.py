@@ -16,26 +16,30 @@ class _Weights(Protocol):
     def for_inference(self) -> AbstractContextManager[None]: ...
 
 
+def has_average(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `averaged` changes the parameters: the optimizer is a schedule-free one that is training."""
+    able = callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
+    return able and any(group.get("train_mode", True) for group in optimizer.param_groups)
+
+
 @contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """The parameters as a schedule-free optimizer gives them; afterwards they are to the bit what they were.
 
     Nothing happens with other optimizers, and within itself.
     """
-    evaluate, train = getattr(optimizer, "eval", None), getattr(optimizer, "train", None)
-    training = any(group.get("train_mode", True) for group in optimizer.param_groups)
-    if not callable(evaluate) or not callable(train) or not training:
+    if not has_average(optimizer):
         yield
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # Going there and back by their own interpolation leaves rounding errors in the weights that are trained.
     # They wait in main memory: what a GPU has left may be less than the weights.
     kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-    evaluate()
+    optimizer.eval()  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        train()
+        optimizer.train()  # type: ignore[attr-defined]
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
