@@ -142,3 +142,22 @@ def test_an_attention_without_all_three_modules_is_not_stacked() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(family, lora)
     assert all(gradient.dtype == torch.float32 and gradient.abs().sum() > 0 for gradient in found.values())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_ranks_and_alphas_may_differ_within_an_attention(dtype: torch.dtype | None) -> None:
+    family = fresh_tiny()
+    paths = [target.path for target in family.lora_targets("unet", False)]
+    own = {("unet", path): Size(2 + place % 3, 1.0 + place % 2) for place, path in enumerate(paths)}
+    lora = installed(family, layout=Layout(own=own))
+    lean = [module for module in family.unet.modules() if isinstance(module, LeanAttention)]
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        stacked = answer(family).float()
+        with lora.disabled():
+            base = answer(family).float()
+        for module in lean:
+            module.project = None
+        alone = answer(family).float()
+    assert not torch.allclose(stacked, base, atol=0.01)
+    tolerance = 1e-5 if dtype is None else 0.05
+    torch.testing.assert_close(stacked, alone, atol=tolerance * float(alone.abs().max()), rtol=0)

@@ -135,6 +135,19 @@ def test_left_over_images_make_the_next_buckets_batches_full() -> None:
     assert merged(given, 3, repeats=3) == given
 
 
+def test_large_pictures_do_not_become_small_ones_by_merging() -> None:
+    def small_and_large(large: int, small: int) -> list[tuple[int, int]]:
+        config = replace(dataset([1024, 1024], bucket_no_upscale=True), batch_size=4)
+        sizes = np.array([(1100, 1100)] * large + [(256, 256)] * small + [(1100, 950)] * 4)
+        rows = merge_small(sizes, assign_many(sizes, config), np.ones(len(sizes)), config)
+        return [(width, height) for width, height in rows.bucket.tolist()]
+
+    # Both are left over, and the wider ones' bucket is full.
+    assert small_and_large(5, 7)[:5] == [(1024, 1024)] * 5
+    # Too few: into the wider ones' bucket, not to a sixteenth of their size.
+    assert small_and_large(2, 4)[0] == small_and_large(2, 4)[-1] != (256, 256)
+
+
 def test_nothing_is_enlarged_by_merging_without_upscale() -> None:
     large = [(512, 512)] * 4
     assert merged([(300, 300), *large], 4, bucket_no_upscale=True) == [(256, 256), *large]

@@ -395,3 +395,16 @@ def test_for_a_gpu_every_tensor_is_pinned(monkeypatch: pytest.MonkeyPatch) -> No
     fields = [batch.noise, batch.latent_noise, batch.timesteps, batch.weight]
     rows = [*(batch.images or {}).values(), *(batch.texts or {}).values(), *batch.more_noise.values()]
     assert {id(tensor) for tensor in (*fields, *rows)} == {id(tensor) for tensor in pinned}
+
+
+def test_without_memory_to_pin_batches_come_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    indexes = [make_index([0] * 2)]
+    found = [facts(*part) for part in read(updates_of(indexes, pin=True, workers=1), 2)]
+    assert found == [facts(*part) for part in read(updates_of(indexes), 2)]
+    assert caplog.text.count("from ordinary memory") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from sd_train.data.cache import LatentRows
     from sd_train.data.texts import TextRows
+
+logger = logging.getLogger(__name__)
 
 Draw = Callable[[int, Sequence[int], int, int], Draws]
 """(update, places of the samples in it, width, height) -> noise and timesteps."""
@@ -107,6 +110,7 @@ class Updates:
         """Where rows come from instead of pixels, once it is filled."""
         self.texts: TextRows | None = None
         """Where encoded captions come from, once it is filled."""
+        self._pins = settings.pin
         self.per_update = settings.accumulation * settings.world
         """Micro-batches of an update, over all ranks; the last update of an epoch may have fewer."""
         self.order = Order(indexes, settings.seed, self.per_update, settings.last_epoch)
@@ -231,8 +235,18 @@ class Updates:
         records = [index.record(row) for row in task.slot.records.tolist()]
         with _naming(records):
             batch = self._batch(task, records)
-        # In the threads that prepare ahead. PyTorch keeps such memory and hands it out again.
-        return _pinned(batch) if self.settings.pin else batch
+        return self._pinned(batch) if self._pins else batch
+
+    def _pinned(self, batch: Batch) -> Batch:
+        """`batch` in memory that a GPU copies from by itself, where the system gives such memory."""
+        try:
+            # In the threads that prepare ahead. PyTorch keeps such memory and hands it out again.
+            return replace(batch, **{each.name: _pin(getattr(batch, each.name)) for each in fields(batch)})
+        except RuntimeError as problem:
+            self._pins = False
+            reason = str(problem).splitlines()[0]
+            logger.warning("batches are copied to the GPU from ordinary memory, which takes longer: %s", reason)
+            return batch
 
     def _batch(self, task: _Task, records: list[ImageRecord]) -> Batch:
         settings, slot = self.settings, task.slot
@@ -271,15 +285,11 @@ class Updates:
         )
 
 
-def _pinned(batch: Batch) -> Batch:
-    """`batch` in memory that is not swapped out."""
-
-    def pin(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: pin(each) for name, each in value.items()}
-        return value.pin_memory() if isinstance(value, torch.Tensor) else value
-
-    return replace(batch, **{each.name: pin(getattr(batch, each.name)) for each in fields(batch)})
+def _pin(value: Any) -> Any:
+    """A tensor, or those of a table, in pinned memory; what is neither, as it is."""
+    if isinstance(value, dict):
+        return {name: _pin(each) for name, each in value.items()}
+    return value.pin_memory() if isinstance(value, torch.Tensor) else value
 
 
 @contextmanager

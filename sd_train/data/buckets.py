@@ -21,7 +21,7 @@ Sizes = NDArray[np.int64]
 
 _AT_ONCE = 1024
 """Images compared with all buckets in one go."""
-MOST_CROPPED = 0.34
+MOST_LOST = 0.34
 """Of a picture, where it leaves its bucket for the sake of a full batch: a square becomes 3:2, nothing is halved."""
 
 
@@ -148,8 +148,9 @@ def merge_small(
 
     A bucket with fewer samples an epoch than `batch_size` goes, the smallest first, into the bucket among the others
     where the least is cropped, until every bucket fills a batch or one is left. What is cropped is the mean over the
-    bucket's samples of the share of the resized picture that is cut away. With `bucket_no_upscale` only buckets count
-    that all its images cover without being enlarged; without such a one it stays as it is. Then single images go into
+    bucket's samples of the share of the resized picture that is cut away. With `bucket_no_upscale`, where buckets have
+    areas of all kinds, what is lost by scaling down counts too, and only buckets that all its images cover without
+    being enlarged; without such a one it stays as it is. Then single images go into
     the bucket of the next shape, see `_move_leftovers`.
 
     Args:
@@ -173,7 +174,7 @@ def merge_small(
         images = np.flatnonzero(bucket_of == smallest)
         left[smallest] = False
         others = np.flatnonzero(left)
-        loss = _crop_loss(sizes[images], repeats[images], table[others], enlarge=not dataset.bucket_no_upscale)
+        loss = _loss(sizes[images], repeats[images], table[smallest], table[others], not dataset.bucket_no_upscale)
         if not np.isfinite(loss).any():
             left[smallest], stays[smallest] = True, True
             continue
@@ -197,7 +198,7 @@ def _move_leftovers(
 
     From the narrowest shape to the widest, the images that are left over go into the next bucket that is short too, or
     those that are missing come from there: the ones of which the least is cut away, and whichever cuts away less.
-    Nothing moves of which more than `MOST_CROPPED` would be; nor where images are not all seen equally often.
+    Nothing moves that would lose more than `MOST_LOST`; nor where images are not all seen equally often.
     """
     if not len(repeats) or (repeats != repeats[0]).any() or repeats[0] != int(repeats[0]) or repeats[0] < 1:
         return
@@ -211,9 +212,9 @@ def _move_leftovers(
         """The `count` images of `source` that lose least in `target`, and what they lose together."""
         if len(members[source]) - count < batch:
             return members[source][:0], np.inf
-        lost = _cropped(sizes[members[source]], table[target], enlarge=not dataset.bucket_no_upscale)
+        lost = _lost(sizes[members[source]], table[source], table[target], not dataset.bucket_no_upscale)
         chosen = np.argsort(lost, kind="stable")[:count]
-        return members[source][chosen], float(lost[chosen].sum()) if (lost[chosen] <= MOST_CROPPED).all() else np.inf
+        return members[source][chosen], float(lost[chosen].sum()) if (lost[chosen] <= MOST_LOST).all() else np.inf
 
     def moved(here: int, after: int) -> bool:
         """Whether the last batch of `here` is full now."""
@@ -254,24 +255,33 @@ def _nearest(sizes: Sizes, aspect: NDArray[np.float64], buckets: list[Size]) -> 
     return table[np.where(codes[place] == wanted, place, chosen)]
 
 
-def _crop_loss(sizes: Sizes, repeats: NDArray[np.float64], buckets: Sizes, enlarge: bool) -> NDArray[np.float64]:
-    """[buckets]: mean share of the resized pictures that each bucket cuts away; infinite where it is refused."""
+def _loss(
+    sizes: Sizes, repeats: NDArray[np.float64], own: Sizes, buckets: Sizes, enlarge: bool
+) -> NDArray[np.float64]:
+    """[buckets]: the mean of `_lost` over pictures of the bucket `own` [2], for each other bucket."""
     lost = np.zeros(len(buckets))
     for start in range(0, len(sizes), _AT_ONCE):
         some = sizes[start : start + _AT_ONCE]
         pairs, targets = np.repeat(some, len(buckets), axis=0), np.tile(buckets, (len(some), 1))
-        lost += repeats[start : start + _AT_ONCE] @ _cropped(pairs, targets, enlarge).reshape(len(some), len(buckets))
+        each = _lost(pairs, own, targets, enlarge).reshape(len(some), len(buckets))
+        lost += repeats[start : start + _AT_ONCE] @ each
     mean: NDArray[np.float64] = lost / repeats.sum()
     return mean
 
 
-def _cropped(sizes: Sizes, targets: Sizes, enlarge: bool) -> NDArray[np.float64]:
-    """[N]: the share of each resized picture that its bucket of [N, 2] or [2] cuts away; infinite where refused."""
+def _lost(sizes: Sizes, own: Sizes, targets: Sizes, enlarge: bool) -> NDArray[np.float64]:
+    """[N]: the share of each resized picture that its bucket of `targets` [N, 2] or [2] cuts away.
+
+    Unless they may `enlarge`, what is scaled away against the bucket `own` [2] counts too, and it is infinite where the
+    target would enlarge.
+    """
     targets = np.broadcast_to(targets, sizes.shape)
     covering = _cover(sizes, sizes[:, 0] / sizes[:, 1], targets)
-    lost: NDArray[np.float64] = 1 - targets.prod(axis=1) / covering.prod(axis=1)
+    kept = targets.prod(axis=1) / covering.prod(axis=1)
     if not enlarge:
-        lost[(sizes < targets).any(axis=1)] = np.inf
+        kept *= np.minimum(1.0, targets.prod(axis=1) / own.prod())
+        kept[(sizes < targets).any(axis=1)] = -np.inf
+    lost: NDArray[np.float64] = 1 - kept
     return lost
 
 

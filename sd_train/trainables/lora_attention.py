@@ -38,11 +38,18 @@ def _together(x: Tensor, modules: Sequence[LoraModule]) -> list[Tensor]:
     if not modules[0].stackable:
         return [module(x) for module in modules]
     downs, alone = torch.cat([module.down for module in modules]), None
-    if all(module.scale == modules[0].scale for module in modules) and modules[0].scale != 1:
+    scale = modules[0].scale
+    if scale != 1 and all(module.scale == scale for module in modules) and not _halves(x):
         # Once for all, where each sum would scale both of its gradients.
-        downs, alone = downs * modules[0].scale, 1.0
+        downs, alone = downs * scale, 1.0
     hidden = functional.linear(modules[0].cast(x), downs).split([module.rank for module in modules], dim=-1)
     return [module.add(module.base(x), each, alone) for module, each in zip(modules, hidden, strict=True)]
+
+
+def _halves(x: Tensor) -> bool:
+    """Whether factors are cast to float16, in which a small scale would leave few of their digits."""
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
 
 
 def stack_projections(family: Family, role: str, modules: Mapping[str, LoraModule]) -> None:
