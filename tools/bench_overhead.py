@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -55,14 +54,16 @@ CASES = {
 """Name -> command and options."""
 BARE = {"bare_lora": (True, False), "bare_full": (False, False), "bare_full_ema": (False, True)}
 """Name -> whether a LoRA is trained, and whether an average is kept."""
+PLAIN = ("lora", "full")
+"""What is computed anew by the plain path."""
 COMPARED = 4
 """Updates whose losses are computed anew by the plain path."""
-WIDTHS = {"tiny": [32, 64, 64, 64], "small": [96, 192, 384, 384]}
+WIDTHS = {"tiny": [32, 64, 64, 64], "small": [64, 128, 256, 256]}
 
 
 @dataclass
 class Clock:
-    """CPU time of the whole process and, within it, of the core: text encoder, U-Net, backward, clip, optimizer."""
+    """CPU time of the whole process and, within it, of the core: encoders, U-Net, backward, clip, optimizer."""
 
     core: float = 0.0
     marks: list[tuple[float, float]] = field(default_factory=list)
@@ -107,8 +108,9 @@ def make_model(folder: Path, name: str) -> Path:
     return path
 
 
-def run_case(name: str, model: Path, batch: int, steps: int, warmup: int) -> dict[str, float]:
-    """Train as case `name` says; CPU milliseconds of an update."""
+def run_case(name: str, model: Path, batch: int, steps: int, warmup: int, compare: bool) -> dict[str, float]:
+    """Train as case `name` says; CPU milliseconds of an update, or of COMPARED updates what sets them off from plain
+    ones."""
     if name in BARE:
         from bench_bare import bare_marks
 
@@ -116,7 +118,12 @@ def run_case(name: str, model: Path, batch: int, steps: int, warmup: int) -> dic
         marks = bare_marks(model, PHOTOS, lora=lora, ema=ema, batch=batch, steps=steps + warmup)
         return {"trainer_ms": 1000 * (marks[-1] - marks[warmup - 1]) / steps, "peak_rss_mb": _peak()}
     clock = Clock()
-    recorder = _watch(clock, name)
+    if compare:
+        from bench_plain import Recorder, largest_differences
+
+        recorder, steps, warmup = Recorder(COMPARED), COMPARED, 0
+    else:
+        _watch(clock)
     command, options = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -131,41 +138,37 @@ def run_case(name: str, model: Path, batch: int, steps: int, warmup: int) -> dic
         module = importlib.import_module(f"sd_train.{command}")
         if code := module.main(words.split()):
             raise SystemExit(code)
+    if compare:
+        return largest_differences(model, recorder)
     wholes = [after[0] - before[0] for before, after in zip(clock.marks, clock.marks[1:], strict=False)][warmup:]
     cores = [after[1] - before[1] for before, after in zip(clock.marks, clock.marks[1:], strict=False)][warmup:]
-    figures = {
+    return {
         "trainer_ms": 1000 * statistics.fmean(wholes),
         "core_ms": 1000 * statistics.fmean(cores),
         "other_ms": 1000 * (statistics.fmean(wholes) - statistics.fmean(cores)),
         "trainer_over_core": sum(wholes) / sum(cores),
         "peak_rss_mb": _peak(),
     }
-    if recorder is not None:
-        from bench_plain import largest_differences
-
-        figures |= largest_differences(model, recorder)
-    return figures
 
 
-def _watch(clock: Clock, name: str) -> Any:
-    """Put the clock into what is measured; the recorder of what the plain path needs, where there is one."""
+def _watch(clock: Clock) -> None:
+    """Put the clock into what is measured."""
     from sd_train.device import Updater
     from sd_train.families.latent import LatentDiffusion
     from sd_train.report import Report
 
-    for owner, part in ((LatentDiffusion, "encode_texts"), (LatentDiffusion, "predict"), (Updater, "backward"),
-                        (Updater, "reduce"), (Updater, "apply")):  # fmt: skip
+    for owner, part in ((LatentDiffusion, "encode_images"), (LatentDiffusion, "encode_texts"),
+                        (LatentDiffusion, "predict"), (Updater, "backward"), (Updater, "reduce"),
+                        (Updater, "apply")):  # fmt: skip
         setattr(owner, part, clock.timed(getattr(owner, part)))
     setattr(Report, "update", clock.marking(Report.update))  # noqa: B010
-    if name not in ("lora", "full"):
-        return None
-    from bench_plain import Recorder
-
-    return Recorder(COMPARED)
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Megabytes that were resident at most; the usual count of a process begins with that of the one it comes from."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def overhead_figures(models: Sequence[str], cases: Sequence[str], rounds: int, steps: int) -> dict[str, Any]:
@@ -179,15 +182,20 @@ def overhead_figures(models: Sequence[str], cases: Sequence[str], rounds: int, s
                     print(f"round {number + 1}: {name} {case}", file=sys.stderr, flush=True)
                     count = steps if name == "tiny" else max(10, steps // 3)
                     raw.setdefault(f"{name} {case}", []).append(_alone(case, path, count))
+        differences = {
+            f"{name} {case}": _alone(case, path, 0)
+            for name, path in paths.items() for case in cases if case in PLAIN
+        }
     medians = {
         row: {figure: round(statistics.median(each[figure] for each in found), 6) for figure in found[0]}
         for row, found in raw.items()
     }
-    return {"rounds": rounds, "medians": medians, "ratios": _ratios(medians), "raw": raw}
+    ratios = _ratios(medians)
+    return {"rounds": rounds, "medians": medians, "ratios": ratios, "differences_from_plain": differences, "raw": raw}
 
 
 def _alone(case: str, model: Path, steps: int) -> dict[str, float]:
-    """`run_case` in a process of its own."""
+    """`run_case` in a process of its own; without `steps` its comparison with plain updates."""
     done = subprocess.run(
         [sys.executable, __file__, case, str(model), str(steps)], capture_output=True, text=True, check=False
     )
@@ -213,4 +221,4 @@ def _ratios(medians: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_case(sys.argv[1], Path(sys.argv[2]), 4, int(sys.argv[3]), 5)))
+    print(json.dumps(run_case(sys.argv[1], Path(sys.argv[2]), 4, int(sys.argv[3]), 5, sys.argv[3] == "0")))
