@@ -13,7 +13,7 @@ import random
 import re
 from bisect import bisect_right
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sd_train.data.record import ImageRecord
 from sd_train.data.settings import SubsetConfig
@@ -137,8 +137,7 @@ def needs_variants(subset: SubsetConfig) -> str | None:
     return next((name for name, given in options.items() if given), None)
 
 
-@dataclass(frozen=True)
-class _Tags:
+class _Tags(NamedTuple):
     """A caption's tags: those that keep their place at both ends, and those between."""
 
     head: list[str]
@@ -191,8 +190,7 @@ def _finish(line: str, tags: _Tags, subset: SubsetConfig, rng: random.Random, co
 
 def _warmed_up(tags: int, subset: SubsetConfig, step: int, max_train_steps: int) -> int:
     """How many of so many free `tags` the token warm-up lets through after `step` updates."""
-    warmup = _warmup(subset, max_train_steps)
-    if step >= warmup:
+    if not subset.token_warmup_step or step >= (warmup := _warmup(subset, max_train_steps)):
         return tags
     least = subset.token_warmup_min
     return min(tags, math.floor(step * ((tags - least) / warmup)) + least)
