@@ -253,29 +253,47 @@ def test_what_finds_no_memory_meanwhile_is_made_up_for(tmp_path: Path, caplog: p
 
         def put(*given: Any) -> None:
             writers.append(threading.current_thread().name)
-            if len(writers) == 2:
+            if len(writers) == 1:
                 no_memory()
             export(*given)
 
         checkpoint.export = put
-        checkpoint.intervals = Intervals(2, None, True, True)
+        checkpoint.intervals = Intervals(4, None, True, True)
         there = dict[int, list[str]]()
-        for step in range(1, 7):
+        for step in range(1, 8):
             checkpoint(Progress(0, 0, 0.0, step=step))
             for thread in saves():
                 thread.join(PATIENCE)
             there[step] = sorted(path.name for path in tmp_path.glob("*-state"))
-    # That of update 4 failed, update 5 heard of it, and update 6 is saved as regularly.
-    states = [f"always-step{step:08d}-state" for step in (2, 6)]
-    assert there[2] == there[4] == there[5] == states[:1]
-    assert there[6] == states
-    assert writers == ["saves", "saves", "MainThread"]
+    # That of update 4 failed, update 5 heard of it, and update 6 is saved in its place, once.
+    assert there[4] == there[5] == []
+    assert there[6] == there[7] == ["always-step00000006-state"]
+    assert read_manifest(tmp_path / there[6][0])["step"] == 6
+    assert writers == ["saves", "MainThread"]
     told = [record.message for record in caplog.records]
     assert len(told) == 2
     assert "--async_save never" in told[0]
     assert "always-step00000004.safetensors: not written, no memory for it" in told[1]
     assert "not saved after update 4; the training goes on" in told[1]
-    assert all(read_manifest(tmp_path / name) for name in states)
+
+
+def test_a_save_that_hears_of_the_lack_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with checkpoint_of(make_parts(1), tmp_path, "always") as checkpoint:
+        export, writers = checkpoint.export, list[str]()
+
+        def put(*given: Any) -> None:
+            writers.append(threading.current_thread().name)
+            if len(writers) == 1:
+                no_memory()
+            export(*given)
+
+        checkpoint.export = put
+        checkpoint(Progress(0, 0, 0.0, step=1))
+        # Another save is asked for before the training was told how the first one ended.
+        checkpoint.best(Progress(0, 0, 0.0, step=2))
+        assert writers == ["saves", "MainThread"]
+    assert checkpoint.names.model(checkpoint.names.best).is_file()
+    assert [record.message for record in caplog.records if "not saved after update 1;" in record.message]
 
 
 def test_pinned_memory_counts_in_powers_of_two() -> None:
