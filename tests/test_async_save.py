@@ -157,12 +157,19 @@ def test_what_the_disk_refuses_meanwhile_is_told_and_made_up_for(
 
 
 def test_a_stop_waits_for_the_write(watched: Watched, small_model: Path, dataset: Path, tmp_path: Path) -> None:
+    sent = threading.Event()
+
     def synced() -> None:
         if len(watched.beside) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+            sent.set()
             watched.wait_for(3)
 
-    watched.synced = synced
+    def after(step: int) -> None:
+        # The thread may be slow to begin.
+        assert step < 3 or sent.wait(PATIENCE)
+
+    watched.synced, watched.after = synced, after
     assert main(words(small_model, dataset, tmp_path, f"{RUN} --save_every_n_steps 2")) == 0
     found = contents(tmp_path)
     for step in (2, 3):
