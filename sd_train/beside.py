@@ -58,8 +58,9 @@ class Beside:
         job = _Job(work, ended, self._jobs[-1] if self._jobs else None)
         # A daemon: who cannot wait even for what `interrupt` waits for may end the process.
         job.thread = threading.Thread(target=self._do, args=(job,), name="saves", daemon=True)
-        self._jobs.append(job)
         job.thread.start()
+        # Not before: one that the system does not let start is none to wait for.
+        self._jobs.append(job)
 
     def _do(self, job: _Job) -> None:
         try:
@@ -88,11 +89,17 @@ class Beside:
         """Wait for all of it, and tell of it.
 
         Raises:
-            Exception: as `collect`.
+            Exception: as `collect`; the first one, when nothing is left to wait for.
         """
+        first: Exception | None = None
         while self._jobs:
             self._jobs[0].thread.join()
-            self.collect()
+            try:
+                self.collect()
+            except Exception as problem:
+                first = problem if first is None else first
+        if first is not None:
+            raise first
 
     def interrupt(self) -> None:
         """End the work as Ctrl-C would end it in the training's own thread, and wait until it has cleaned up."""

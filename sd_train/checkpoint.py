@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 _MOST_FAILURES = 3
 """Tries of the last save where the disk refuses for another reason than that it is full."""
 
-Ended = Callable[[DiskError | None], None]
-"""Told that a save is whole, or why the disk has refused it."""
+Ended = Callable[[RunError | None], None]
+"""Told that a save is whole, or why the disk has refused it or there was no memory to write it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Checkpoint:
     """Writes what is due after an update.
 
     What the disk refuses while the training goes on is saved as soon as there is room, with the weights of that time
-    and under the name of its update.
+    and under the name of its update; so is what finds no memory to be written beside the training, without a copy.
     """
 
     names: FileNames
@@ -147,7 +147,7 @@ class Checkpoint:
         """Save, if the disk lets us; a refusal is told once and remembered. `moment`: when that was due."""
         step = progress.step
 
-        def ended(problem: DiskError | None) -> None:
+        def ended(problem: RunError | None) -> None:
             if problem is None:
                 self._owed = None if state or not self._owed else self._owed
                 self.last_saved = self.last_saved if moment is None else self.clock()
@@ -191,7 +191,10 @@ class Checkpoint:
 
         def over(problem: Exception | None) -> None:
             if problem is not None and not isinstance(problem, DiskError):
-                raise problem
+                if not out_of_memory(problem):
+                    raise problem
+                self._without_copies()
+                problem = RunError(f"{self.names.model(stem)}: not written, no memory for it beside the training")
             if problem is None:
                 self._upload(*saved[0])
             ended(problem)
@@ -214,6 +217,9 @@ class Checkpoint:
             if not self._beside.busy or self._copy is None or self._copy.step != progress.step:
                 self._beside.settle()
                 self._copy = None
+                if self.async_save != chosen:
+                    # What was saved before had not found the memory.
+                    return None
             self._check(stem, progress, state)
             try:
                 copy = self._copy or self._memory.take(self.parts, progress)
@@ -222,6 +228,7 @@ class Checkpoint:
             except (RuntimeError, MemoryError) as problem:
                 if not out_of_memory(problem):
                     raise
+                self._beside.settle()
                 self._without_copies()
                 return None
             self._copy = copy
@@ -229,10 +236,10 @@ class Checkpoint:
 
     def _without_copies(self) -> None:
         """There is no memory for them: from here on the training waits for its saves."""
-        self._beside.settle()
+        if self.async_save != "never":
+            logger.warning("no memory for saves beside the training: from here on it waits (--async_save never)")
         self._copy, self.async_save = None, "never"
         self._memory.free()
-        logger.warning("no memory for a copy of what is saved: the training waits for its saves (--async_save never)")
 
     def _delete_old(self, moment: Moment | None, state: bool) -> None:
         """Delete what the save of `moment`, which is whole, has made old."""
@@ -330,7 +337,7 @@ class Checkpoint:
     def best(self, progress: Progress) -> None:
         """The file of the lowest validation loss, in place of the one before; states belong to the regular saves."""
 
-        def ended(problem: DiskError | None) -> None:
+        def ended(problem: RunError | None) -> None:
             if problem is not None:
                 # Later weights would not be the best ones.
                 logger.warning("%s\n  the best weights so far are not saved; the training goes on", problem)

@@ -33,14 +33,23 @@ class SaveCopy:
     state: StateContent | None = None
 
 
+def memory_for(size: int, pinned: bool) -> int:
+    """Bytes that a tensor of `size` bytes takes: PyTorch gives out pinned memory in powers of two."""
+    return 1 << (size - 1).bit_length() if pinned and size else size
+
+
 def copied_bytes(parts: StateParts, state: bool) -> int:
-    """How large a copy is; `state`: of a save with a state."""
-    weights = sum(tensor.nbytes for tensor in parts.trainable.tensors().values())
+    """How much memory a copy takes; `state`: of a save with a state."""
+    weights = _bytes_of_copies(parts.trainable.tensors())
     tables = [] if parts.ema is None else [parts.ema.tensors]
     if state:
         tables.append(optimizer_state(parts)[0])
     twice = state and has_average(parts.optimizer)
-    return weights * (1 + twice) + sum(tensor.nbytes for table in tables for tensor in table.values())
+    return weights * (1 + twice) + sum(map(_bytes_of_copies, tables))
+
+
+def _bytes_of_copies(tensors: Mapping[str, Tensor]) -> int:
+    return sum(memory_for(tensor.nbytes, tensor.is_cuda) for tensor in tensors.values())
 
 
 @dataclass

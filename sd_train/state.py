@@ -191,7 +191,7 @@ def save_state(path: Path, progress: Progress, parts: StateParts) -> None:
 
 
 def write_state(path: Path, content: StateContent) -> None:
-    """Write `content` as a sealed state folder."""
+    """Write `content` as a sealed state folder: the hashes are of the bytes that its files were given to hold."""
 
     def fill(folder: Path) -> None:
         digests = {f"{name}.safetensors": put_table(folder / f"{name}.safetensors", table)

@@ -29,7 +29,7 @@ def place_of(tensor: Tensor) -> object:
 def put_table(path: Path, table: Mapping[str, Tensor]) -> str:
     """Write `table`; tensors that are the same memory are written once, under the first of their names.
 
-    Returns the SHA-256 of the file's bytes, as hexadecimal digits.
+    Returns the SHA-256 of the bytes that the file was given, as hexadecimal digits; the file is not read again.
     """
     first: dict[object, str] = {}
     shared: dict[str, str] = {}

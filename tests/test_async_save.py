@@ -11,16 +11,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sd_train.beside import Beside
+from sd_train.checkpoint import Intervals
+from sd_train.data.batches import Updates
 from sd_train.errors import DiskError
 from sd_train.files import write_folder, write_text
 from sd_train.guard import Guard
-from sd_train.save_copy import CopyMemory, copied_bytes
+from sd_train.safety import Safety
+from sd_train.save_copy import CopyMemory, copied_bytes, memory_for
 from sd_train.snapshot import all_finite
 from sd_train.state import MANIFEST, StateParts, read_manifest, save_state, write_state
 from sd_train.state_files import read_table
@@ -28,6 +32,7 @@ from sd_train.train_network import main
 from sd_train.trainables.base import ParamGroup
 from sd_train.types import Progress
 from tests.runs import tree, words, write_dataset
+from tools.bench_stall import checkpoint_of, make_parts, stall_figures
 
 RUN = "--max_train_steps 6 --train_batch_size 2 --network_train_unet_only --save_state --cache_latents "
 AVERAGED = f"{RUN} --save_every_n_steps 3 --save_every_n_epochs 1 --use_ema --optimizer_type AdamWScheduleFree "
@@ -152,12 +157,19 @@ def test_what_the_disk_refuses_meanwhile_is_told_and_made_up_for(
 
 
 def test_a_stop_waits_for_the_write(watched: Watched, small_model: Path, dataset: Path, tmp_path: Path) -> None:
+    sent = threading.Event()
+
     def synced() -> None:
         if len(watched.beside) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+            sent.set()
             watched.wait_for(3)
 
-    watched.synced = synced
+    def after(step: int) -> None:
+        # The thread may be slow to begin.
+        assert step < 3 or sent.wait(PATIENCE)
+
+    watched.synced, watched.after = synced, after
     assert main(words(small_model, dataset, tmp_path, f"{RUN} --save_every_n_steps 2")) == 0
     found = contents(tmp_path)
     for step in (2, 3):
@@ -189,6 +201,112 @@ def test_a_second_ctrl_c_leaves_nothing_unfinished(
     assert main(words(small_model, dataset, tmp_path, f"{RUN} --save_every_n_steps 2")) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["lora-config.toml"]
     assert saves() == []
+
+
+def test_a_save_that_is_being_written_outlives_a_rollback(
+    watched: Watched, small_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovered, prepare, recover = threading.Event(), Updates._prepare, Safety.recover
+
+    def poisoned(updates: Updates, task: Any) -> Any:
+        batch = prepare(updates, task)
+        if task.step == 2:
+            batch.noise[0, 0, 0, 0] = torch.nan
+        return batch
+
+    def went_back(safety: Safety, *found: Any) -> None:
+        recover(safety, *found)
+        recovered.set()
+
+    def synced() -> None:
+        assert recovered.wait(PATIENCE)
+
+    monkeypatch.setattr(Updates, "_prepare", poisoned)
+    monkeypatch.setattr(Safety, "recover", went_back)
+    more = f"{RUN} --max_train_steps 4 --save_every_n_steps 2 --nan_policy rollback"
+    assert main(words(small_model, dataset, tmp_path / "waits", f"{more} --async_save never")) == 0
+    assert recovered.is_set()
+    # The save of update 2 is whole only when the third one has been found and undone.
+    recovered.clear()
+    watched.synced = synced
+    assert main(words(small_model, dataset, tmp_path / "beside", f"{more} --async_save always")) == 0
+    ours = contents(tmp_path / "beside")
+    assert "lora-step00000002-state/optimizer.safetensors" in ours
+    assert ours == contents(tmp_path / "waits")
+
+
+# Where memory lacks
+
+
+def no_memory() -> None:
+    torch.empty(2**60)
+
+
+def test_without_memory_for_a_copy_the_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(CopyMemory, "take", lambda *_: no_memory())
+    with checkpoint_of(make_parts(1), tmp_path, "always") as checkpoint:
+        for step in (1, 2):
+            checkpoint(Progress(0, 0, 0.0, step=step))
+            assert read_manifest(tmp_path / f"always-step{step:08d}-state")["step"] == step
+            assert saves() == []
+    assert [record.message[:38] for record in caplog.records] == ["no memory for saves beside the trainin"]
+
+
+def test_what_finds_no_memory_meanwhile_is_made_up_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with checkpoint_of(make_parts(1), tmp_path, "always") as checkpoint:
+        export, writers = checkpoint.export, list[str]()
+
+        def put(*given: Any) -> None:
+            writers.append(threading.current_thread().name)
+            if len(writers) == 1:
+                no_memory()
+            export(*given)
+
+        checkpoint.export = put
+        checkpoint.intervals = Intervals(4, None, True, True)
+        there = dict[int, list[str]]()
+        for step in range(1, 8):
+            checkpoint(Progress(0, 0, 0.0, step=step))
+            for thread in saves():
+                thread.join(PATIENCE)
+            there[step] = sorted(path.name for path in tmp_path.glob("*-state"))
+    # That of update 4 failed, update 5 heard of it, and update 6 is saved in its place, once.
+    assert there[4] == there[5] == []
+    assert there[6] == there[7] == ["always-step00000006-state"]
+    assert read_manifest(tmp_path / there[6][0])["step"] == 6
+    assert writers == ["saves", "MainThread"]
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2
+    assert "--async_save never" in told[0]
+    assert "always-step00000004.safetensors: not written, no memory for it" in told[1]
+    assert "not saved after update 4; the training goes on" in told[1]
+
+
+def test_a_save_that_hears_of_the_lack_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with checkpoint_of(make_parts(1), tmp_path, "always") as checkpoint:
+        export, writers = checkpoint.export, list[str]()
+
+        def put(*given: Any) -> None:
+            writers.append(threading.current_thread().name)
+            if len(writers) == 1:
+                no_memory()
+            export(*given)
+
+        checkpoint.export = put
+        checkpoint(Progress(0, 0, 0.0, step=1))
+        # Another save is asked for before the training was told how the first one ended.
+        checkpoint.best(Progress(0, 0, 0.0, step=2))
+        assert writers == ["saves", "MainThread"]
+    assert checkpoint.names.model(checkpoint.names.best).is_file()
+    assert [record.message for record in caplog.records if "not saved after update 1;" in record.message]
+
+
+def test_pinned_memory_counts_in_powers_of_two() -> None:
+    sizes = (0, 1, 2, 3, 4096, 4097, 2**30 + 1)
+    assert [memory_for(size, pinned=True) for size in sizes] == [0, 1, 2, 4, 4096, 8192, 2**31]
+    assert [memory_for(size, pinned=False) for size in sizes] == [*sizes]
 
 
 # The parts
@@ -225,6 +343,48 @@ def test_what_breaks_the_training_is_what_is_shown(tmp_path: Path) -> None:
     assert told[0] is None
     assert isinstance(told[1], DiskError)
     assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_a_problem_that_is_told_leaves_no_later_work_half_done() -> None:
+    told, done = threading.Event(), list[str]()
+
+    def first_ended(_: Exception | None) -> None:
+        told.set()
+        raise ValueError("the first")
+
+    def later() -> None:
+        assert told.wait(PATIENCE)
+        time.sleep(0.05)
+        done.append("whole")
+
+    def last_ended(_: Exception | None) -> None:
+        done.append("told")
+        raise ValueError("the last")
+
+    def training() -> None:
+        with Beside() as beside:
+            beside.add(lambda: None, first_ended)
+            beside.add(later, last_ended)
+
+    with pytest.raises(ValueError, match="the first"):
+        training()
+    assert done == ["whole", "told"]
+    assert saves() == []
+
+
+def test_what_cannot_be_started_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    told = list[Exception | None]()
+    with Beside() as beside:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            with pytest.raises(RuntimeError, match="new thread"):
+                beside.add(lambda: None, told.append)
+        assert not beside.busy
+        beside.add(lambda: None, told.append)
+    assert told == [None]
 
 
 def test_ctrl_c_ends_the_work_and_what_waits_for_it(tmp_path: Path) -> None:
@@ -306,7 +466,7 @@ def test_sums_that_overflow_are_no_sign() -> None:
     assert all_finite([])
 
 
-def test_hashes_are_of_the_bytes_on_disk(tmp_path: Path) -> None:
+def test_what_was_hashed_while_it_was_written_is_what_the_files_hold(tmp_path: Path) -> None:
     tied = Tied()
     parts = parts_of(tied)
     # More than may wait to be hashed, in tensors of all sizes.
@@ -318,8 +478,6 @@ def test_hashes_are_of_the_bytes_on_disk(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_compares_what_it_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools.bench_stall import stall_figures
-
     monkeypatch.chdir(tmp_path)
     figures = stall_figures(1, 1)
     assert figures["equal_to_the_bit"] is True

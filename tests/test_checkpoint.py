@@ -145,7 +145,7 @@ def hashes(path: Path) -> dict[str, str]:
         return found
 
 
-def test_the_model_hash_is_of_the_bytes_on_disk(tmp_path: Path) -> None:
+def test_the_model_hash_is_what_the_files_bytes_give(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     tensors = {"b.alpha": torch.tensor(2.0), "a.lora_up.weight": torch.randn(3, 4), "c": torch.ones(3).half()}
     write_network(path, tensors, {"ss_seed": "1", "modelspec.title": "T"})

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sd_train.fine_tune import main as fine_tune
+from sd_train.state import read_manifest
 from sd_train.train_db import main as train_db
 from sd_train.train_network import main as train_network
 from sd_train.train_textual_inversion import main as train_textual_inversion
@@ -31,7 +32,8 @@ MAINS = {
 WORD = "train_textual_inversion --learning_rate 1e5 --token_string sks-1 --init_word cat --use_object_template"
 RUNS = {
     "full": "train_db --use_ema --ema_decay 0.5 --save_model_as safetensors",
-    "lora": "train_network --network_dim 2 --network_alpha 2 --use_ema --ema_decay 0.5",
+    "lora": "train_network --network_dim 2 --network_alpha 2 --use_ema --ema_decay 0.5 "
+    "--save_state --async_save always",
     "embedding": f"{WORD} --num_vectors_per_token 2 --use_ema",
     "xti": f"{WORD} --xti",
     "objective": "train_network --network_dim 2 --network_alpha 2 --network_train_unet_only --save_state_on_train_end "
@@ -159,6 +161,17 @@ def test_two_processes_equal_one_with_the_doubled_batch(both: tuple[Path, Path],
         apart, moved = distance(two, one), distance(one, before)
         print(name, ending, apart, moved)
         assert apart < 1e-3 * moved
+
+
+def test_saves_beside_the_training_are_of_their_update_with_two_processes(both: tuple[Path, Path]) -> None:
+    names = [sorted(path.name for path in folder.glob("lora*")) for folder in both]
+    assert names[0] == names[1]
+    for ending, step in (("-step00000001", 1), ("", UPDATES)):
+        assert read_manifest(both[0] / f"lora{ending}-state")["step"] == step
+    for ending in ("", "-ema"):
+        two, one = (load_file(folder / f"lora-step00000001{ending}.safetensors") for folder in both)
+        after = load_file(both[1] / f"lora{ending}.safetensors")
+        assert distance(two, one) < 1e-3 * distance(after, one)
 
 
 def test_losses_of_all_processes_make_the_statistics_of_importance(both: tuple[Path, Path]) -> None:

@@ -62,8 +62,8 @@ def write_tensors(
 def write_network(path: Path, tensors: TensorSource | Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a LoRA-like network with the two hashes that web UIs look it up by, whole or not at all.
 
-    `sshs_model_hash` is SHA-256 of the tensors' bytes as they stand in the file, `sshs_legacy_hash` the first 8 digits
-    of SHA-256 of 64 KiB at 1 MiB of a file that carries the `ss_*` entries alone (sd-scripts' definitions).
+    `sshs_model_hash` is SHA-256 of the tensors' bytes as they are given to the file, `sshs_legacy_hash` the first 8
+    digits of SHA-256 of 64 KiB at 1 MiB of a file that carries the `ss_*` entries alone (sd-scripts' definitions).
 
     Raises:
         RunError: if the disk refuses.
