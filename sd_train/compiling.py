@@ -129,6 +129,9 @@ class CompiledUnet:
         self.settings = settings
         self._warn = warn
         self._largest = max(settings.sizes, key=lambda size: (size[0] * size[1], size))
+        config: Any = unet.config
+        # At such sizes the innermost blocks see a single place, for which there are graphs of their own.
+        self._one_place = 2 ** (len(config["block_out_channels"]) - 1)
         self._programs: dict[object, Callable[..., Any]] = {}
         self._rehearsed: set[object] = set()
         self._unet: Callable[..., Any] = unet.forward
@@ -181,9 +184,11 @@ class CompiledUnet:
         try:
             # Graphs of one sample are others, and so are those of states that learn or are longer.
             case = (len(sample) == 1, *_traits(others), *_traits(named))
-            if case not in self._rehearsed:
-                self._rehearse(sample, others, named)
-                self._rehearsed.add(case)
+            own = (sample.shape[2], sample.shape[3])
+            for size in (self._largest, own) if max(own) <= self._one_place else (self._largest,):
+                if (case, size) not in self._rehearsed:
+                    self._rehearse(sample, others, named, size)
+                    self._rehearsed.add((case, size))
             return self._unet(sample, *others, **named)
         except Exception as problem:
             # What fails while it is compiled has classes of many kinds, and comes wrapped in dynamo's.
@@ -194,17 +199,19 @@ class CompiledUnet:
                 f"({_reason(problem)}); remove --torch_compile, or try another --torch_compile_scope"
             ) from None
 
-    def _rehearse(self, sample: Tensor, others: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Make the graphs with a batch of the largest size, of which nothing is kept.
+    def _rehearse(
+        self, sample: Tensor, others: tuple[Any, ...], named: Mapping[str, Any], size: tuple[int, int]
+    ) -> None:
+        """Make the graphs with a whole batch of `size`, of which nothing is kept.
 
         How a program is cut into loops depends on the sizes that it is compiled with, and so does its rounding.
         """
         asked = 1 if len(sample) == 1 else max(2, self.settings.samples)
         count, fits = asked, False
         while not fits:
-            _keep_apart(count, self._largest, sample.device)
+            _keep_apart(count, size, sample.device)
             try:
-                first = sample.new_zeros((count, sample.shape[1], *self._largest))
+                first = sample.new_zeros((count, sample.shape[1], *size))
                 # Nothing goes back through it, so that it takes no more memory than a prediction.
                 with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
                     self._unet(first, *_rows(others, count), **_rows(named, count))
@@ -217,7 +224,7 @@ class CompiledUnet:
                 count = max(2, count // 2)
                 free_memory()
         if count < asked:
-            height, width = self._largest
+            height, width = size
             self._warn(
                 f"--torch_compile: out of memory with {asked} samples of {height}x{width} latents at once; the graphs "
                 f"are made for {count} of them. A run that is resumed with more or less free memory may round "
@@ -225,8 +232,9 @@ class CompiledUnet:
             )
 
 
-def _nothing(_: Any) -> None:
+def _nothing(_: Any) -> Any:
     """Instead of what would be kept for a backward pass."""
+    return None
 
 
 def _keep_apart(samples: int, size: tuple[int, int], device: torch.device) -> None:
