@@ -2,7 +2,8 @@
 
 Which graph computes a batch, and which code that graph has, depends on the batch and on the dataset alone, never on
 what came before: a resumed run computes the same bits. So the sizes that vary within a run are symbols from the first
-graph on, and every graph is made with one size, the largest bucket's (see `CompiledUnet._rehearse`).
+graph on, and every graph is made with one size, the largest bucket's (see `CompiledUnet._rehearse`). Programs
+that are kept are found by the names of those symbols, not by that size: it is part of what they are kept under.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +87,12 @@ def keep_programs(folder: Path) -> None:
         os.environ[_CACHE] = str(folder)
 
 
-def compile_unet(unet: nn.Module, settings: CompileSettings) -> CompiledUnet:
+def program_kinds(device: torch.device) -> str:
+    """What programs depend on that PyTorch does not keep them apart by: on CPUs the width of their vectors."""
+    return f"-{torch.backends.cpu.get_cpu_capability().lower()}" if device.type == "cpu" else ""
+
+
+def compile_unet(unet: nn.Module, settings: CompileSettings, warn: Callable[[str], None]) -> CompiledUnet:
     """Compile `unet` in place, with the adapters that are in it; names of weights stay as they are.
 
     Nothing is compiled yet: each graph is when the first training step needs it.
@@ -109,7 +115,7 @@ def compile_unet(unet: nn.Module, settings: CompileSettings) -> CompiledUnet:
     inductor: Any = torch._inductor.config
     # No choice between programs by how long they take.
     inductor.deterministic = True
-    return CompiledUnet(unet, settings)
+    return CompiledUnet(unet, settings, warn)
 
 
 class CompiledUnet:
@@ -119,9 +125,13 @@ class CompiledUnet:
     validation, the base model's predictions) everything is computed as without it.
     """
 
-    def __init__(self, unet: nn.Module, settings: CompileSettings) -> None:
+    def __init__(self, unet: nn.Module, settings: CompileSettings, warn: Callable[[str], None]) -> None:
         self.settings = settings
+        self._warn = warn
         self._largest = max(settings.sizes, key=lambda size: (size[0] * size[1], size))
+        config: Any = unet.config
+        # At such sizes the innermost blocks see a single place, for which there are graphs of their own.
+        self._one_place = 2 ** (len(config["block_out_channels"]) - 1)
         self._programs: dict[object, Callable[..., Any]] = {}
         self._rehearsed: set[object] = set()
         self._unet: Callable[..., Any] = unet.forward
@@ -172,12 +182,13 @@ class CompiledUnet:
         if not torch.is_grad_enabled():
             return self._unet(sample, *others, **named)
         try:
-            # Graphs of one sample are others, and so are those of states that learn.
-            learns = [value.requires_grad for value in named.values() if isinstance(value, Tensor)]
-            case = (len(sample) == 1, *learns)
-            if case not in self._rehearsed:
-                self._rehearse(sample, others, named)
-                self._rehearsed.add(case)
+            # Graphs of one sample are others, and so are those of states that learn or are longer.
+            case = (len(sample) == 1, *_traits(others), *_traits(named))
+            own = (sample.shape[2], sample.shape[3])
+            for size in (self._largest, own) if max(own) <= self._one_place else (self._largest,):
+                if (case, size) not in self._rehearsed:
+                    self._rehearse(sample, others, named, size)
+                    self._rehearsed.add((case, size))
             return self._unet(sample, *others, **named)
         except Exception as problem:
             # What fails while it is compiled has classes of many kinds, and comes wrapped in dynamo's.
@@ -188,16 +199,22 @@ class CompiledUnet:
                 f"({_reason(problem)}); remove --torch_compile, or try another --torch_compile_scope"
             ) from None
 
-    def _rehearse(self, sample: Tensor, others: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        """Make the graphs with a batch of the largest size, of which nothing is kept.
+    def _rehearse(
+        self, sample: Tensor, others: tuple[Any, ...], named: Mapping[str, Any], size: tuple[int, int]
+    ) -> None:
+        """Make the graphs with a whole batch of `size`, of which nothing is kept.
 
         How a program is cut into loops depends on the sizes that it is compiled with, and so does its rounding.
         """
-        count, fits = len(sample) if len(sample) == 1 else max(len(sample), self.settings.samples), False
+        asked = 1 if len(sample) == 1 else max(2, self.settings.samples)
+        count, fits = asked, False
         while not fits:
+            _keep_apart(count, size, sample.device)
             try:
-                first = sample.new_zeros((count, sample.shape[1], *self._largest))
-                self._unet(first, *(_rows(each, count) for each in others), **_rows(dict(named), count))
+                first = sample.new_zeros((count, sample.shape[1], *size))
+                # Nothing goes back through it, so that it takes no more memory than a prediction.
+                with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+                    self._unet(first, *_rows(others, count), **_rows(named, count))
                 fits = True
             except (RuntimeError, MemoryError) as problem:
                 if not out_of_memory(problem) or count <= 2:
@@ -206,6 +223,41 @@ class CompiledUnet:
                 # Such batches are computed in parts anyway (`splitting`).
                 count = max(2, count // 2)
                 free_memory()
+        if count < asked:
+            height, width = size
+            self._warn(
+                f"--torch_compile: out of memory with {asked} samples of {height}x{width} latents at once; the graphs "
+                f"are made for {count} of them. A run that is resumed with more or less free memory may round "
+                "differently; to avoid it use a smaller --train_batch_size with --gradient_accumulation_steps"
+            )
+
+
+def _nothing(_: Any) -> Any:
+    """Instead of what would be kept for a backward pass."""
+    return None
+
+
+def _keep_apart(samples: int, size: tuple[int, int], device: torch.device) -> None:
+    """Find only programs that were made with such a batch, wherever they are kept."""
+    import torch.compiler.config
+
+    height, width = size
+    kept: Any = torch.compiler.config
+    own = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
+    kept.cache_key_tag = f"{own}{samples}x{height}x{width}{program_kinds(device)}"
+
+
+def _traits(value: object) -> Iterator[object]:
+    """What graphs take as fixed of every tensor in an argument: whether it learns, and its shape without samples."""
+    if isinstance(value, Tensor):
+        yield value.requires_grad
+        yield value.shape[1:]
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _traits(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _traits(each)
 
 
 def _own_code(function: Any, name: str) -> Any:
@@ -231,6 +283,9 @@ def _mark_samples(value: object) -> None:
     elif isinstance(value, Mapping):
         for each in value.values():
             _mark_samples(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            _mark_samples(each)
 
 
 def _rows(value: Any, count: int) -> Any:
@@ -239,6 +294,8 @@ def _rows(value: Any, count: int) -> Any:
         return value[:1].expand(count, *value.shape[1:]).contiguous()
     if isinstance(value, Mapping):
         return {name: _rows(each, count) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_rows(each, count) for each in value)
     return value
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
+from torch._dynamo.backends import registry
 from torch._dynamo.utils import counters
 
-from sd_train.compiling import CompileSettings, check_compiler, compile_unet
+from sd_train.compiling import CompileSettings, _traits, check_compiler, compile_unet, program_kinds
 from sd_train.config.parser import load_run_config
 from sd_train.errors import ConfigError
 from sd_train.families.latent import LatentDiffusion
@@ -30,6 +32,7 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     """Every test begins without graphs and leaves torch's settings as they were."""
     import torch._functorch.config
     import torch._inductor.config
+    import torch.compiler.config
     import torch.fx.experimental._config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "programs"))
@@ -40,6 +43,7 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
         torch._dynamo.config.patch(automatic_dynamic_shapes=True),
         torch._functorch.config.patch(force_non_lazy_backward_lowering=False),
         torch._inductor.config.patch(deterministic=False),
+        torch.compiler.config.patch(cache_key_tag=""),
     ):
         yield
     torch._dynamo.reset()
@@ -77,15 +81,34 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(("scope", "most"), [("regional", None), ("whole", 3)])
-def test_twenty_buckets_need_few_graphs(small_model: Path, scope: str, most: int | None) -> None:
+def recorded(made: list[set[int]]) -> Callable[..., object]:
+    """A backend that notes which numbers each graph's symbols stand for while it is made, and computes as without."""
+
+    def backend(graph: torch.fx.GraphModule, _: Sequence[object]) -> Callable[..., object]:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
+        sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+        made.append({size.node.hint for size in sizes if isinstance(size, torch.SymInt)})
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.parametrize(("scope", "most", "largest"), [("regional", None, (320, 80)), ("whole", 3, (16, 20))])
+def test_twenty_buckets_need_few_graphs_each_made_with_the_largest_batch(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch, scope: str, most: int | None, largest: tuple[int, ...]
+) -> None:
+    made = list[set[int]]()
+    monkeypatch.setitem(registry._BACKENDS, "recorded", None)
+    monkeypatch.setitem(registry._COMPILER_FNS, "recorded", recorded(made))
     plain = squares(*with_lora(small_model), SIZES)
     family, parameters = with_lora(small_model)
     names = set(family.unet.state_dict())
-    settings = CompileSettings("whole" if scope == "whole" else "regional", "eager", 2, SIZES)
-    compiled = compile_unet(family.unet, settings)
+    # More samples than the first batch has, which is of the smallest size.
+    settings = CompileSettings("whole" if scope == "whole" else "regional", "recorded", 3, SIZES)
+    compiled = compile_unet(family.unet, settings, pytest.fail)
     assert squares(family, parameters, SIZES) == plain
     assert 0 < graphs() <= (most or 2 * compiled.kinds)
+    assert all(3 in each and each <= {3, *largest} for each in made), made
     after = graphs()
     # Another order needs nothing new, nor do predictions without gradients, of whatever size.
     assert squares(family, parameters, SIZES[::-5]) == [
@@ -98,16 +121,46 @@ def test_twenty_buckets_need_few_graphs(small_model: Path, scope: str, most: int
     assert set(family.unet.state_dict()) == names
 
 
+def test_what_the_largest_batch_does_not_fit_into_is_told(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, parameters = with_lora(small_model)
+    warnings = list[str]()
+    compile_unet(family.unet, CompileSettings("regional", "eager", 8, SIZES[:4]), warnings.append)
+    narrow = family.unet.conv_in.forward
+
+    def small_memory(sample: torch.Tensor) -> torch.Tensor:
+        if len(sample) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return narrow(sample)
+
+    monkeypatch.setattr(family.unet.conv_in, "forward", small_memory)
+    squares(family, parameters, SIZES[:1])
+    (said,) = warnings
+    assert "out of memory with 8 samples of 4x16 latents at once; the graphs are made for 4 of them" in said
+    assert torch.compiler.config.cache_key_tag.startswith("4x4x16")
+
+
+def test_states_within_a_mapping_have_graphs_of_their_own_when_they_learn() -> None:
+    frozen, learning = torch.zeros(2, 8), torch.zeros(2, 8, requires_grad=True)
+    cases = [tuple(_traits({"added_cond_kwargs": {"text_embeds": each}, "more": None})) for each in (frozen, learning)]
+    assert cases[0] != cases[1]
+    assert cases[0] == tuple(_traits({"added_cond_kwargs": {"text_embeds": torch.ones(5, 8)}}))
+
+
 def test_a_run_is_the_same_with_graphs_and_resumes_to_the_bit(
-    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = write_dataset(tmp_path / "d.toml", "batch_size = 2", size=96)
     more = f"{UNET} --logging_dir {tmp_path / 'logs'} --gradient_checkpointing"
     train(small_model, dataset, tmp_path / "plain", f"{more} --max_train_steps 3")
-    graph = f"{UNET} --gradient_checkpointing --torch_compile --dynamo_backend eager"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    graph = f"{UNET} --gradient_checkpointing --torch_compile --dynamo_backend eager --cache_dir {tmp_path / 'caches'}"
     curves = f"--max_train_steps 3 --logging_dir {tmp_path / 'graph'}"
     whole = train(small_model, dataset, tmp_path / "whole", f"{graph} {curves}")
     assert graphs() > 0
+    # Only runs that make their graphs with such a batch find its programs.
+    kind = program_kinds(torch.device("cpu"))
+    kept = tmp_path / "caches" / "compiled" / f"2x128x64{kind}"
+    assert (os.environ["TORCHINDUCTOR_CACHE_DIR"], torch.compiler.config.cache_key_tag) == (str(kept), f"2x16x8{kind}")
     torch._dynamo.reset()
     train(small_model, dataset, tmp_path / "parts", f"{graph} --max_train_steps 1 --save_state")
     torch._dynamo.reset()
