@@ -31,7 +31,7 @@ RULED = {  # options that rules between options or the file system restrict
     "base_weights", "weights", "save_model_as",
     "dim_from_weights", "network_module", "prior_preservation", "scale_v_pred_loss_like_noise_pred",
     "stop_text_encoder_training", "token_string",
-    "adaptive_noise_scale", "min_timestep", "max_timestep", "min_snr_gamma",
+    "adaptive_noise_scale", "min_timestep", "max_timestep", "min_snr_gamma", "torch_compile",
 }  # fmt: skip
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 ARGUMENTS = st.dictionaries(

@@ -174,6 +174,7 @@ def own_values(command: str) -> dict[str, Any]:
         "overwrite", "lr_scheduler_type", "lr_scheduler_args", "lr_decay_steps", "lr_scheduler_power",
         "lr_scheduler_timescale", "lr_scheduler_min_lr_ratio", "log_tracker_config", "log_tracker_name",
         "wandb_api_key", "huggingface_token", "huggingface_path_in_repo", "soft_min_snr_gamma",
+        "torch_compile",
     )  # fmt: skip
     own = {name: option for name, option in options().items() if option.belongs_to(command) and name not in ruled}
     values = {name: example(option) for name, option in own.items()}
