@@ -56,6 +56,8 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "unet_lr": st.floats(1e-9, 1),
     "face_crop_aug_range": st.tuples(st.floats(1e-9, 1), st.floats(1, 1e9)),
     "resume_anyway": st.lists(st.sampled_from(FACTS), unique=True).map(tuple),
+    # Slashes lead out of its folder.
+    "log_prefix": st.text(st.characters(categories=["L", "N", "Zs"]), min_size=1, max_size=12),
     "pretrained_model_name_or_path": st.just("a b\\'c\".ckpt"),
 }
 
