@@ -24,7 +24,7 @@ WITHOUT_WAITS = {
     "options": (
         "train_network",
         f"{LORA} --min_snr_gamma 5 --noise_offset 0.1 --loss_type huber --huber_schedule snr --network_dropout 0.1 "
-        "--gradient_checkpointing --gradient_accumulation_steps 2 --ip_noise_gamma 0.1 --max_token_length 150",
+        "--gradient_checkpointing --ip_noise_gamma 0.1 --network_train_unet_only",
     ),
     "bf16": ("train_network", f"{LORA} --mixed_precision bf16 --scale_weight_norms 1 --weighted_captions"),
     "importance": ("train_network", f"{LORA} --timestep_sampling importance --optimizer_type Lion"),
